@@ -18,7 +18,7 @@ from labeling.settings import LabelingSettings
 from labeling.tasks import no_image
 from records.cases import FILE
 from records.errors import LabelStudioRefusedError
-from records.ledger.tables import TABLES
+from records.ledger.tables import TABLES, any_of
 from records.models import bundle_folder
 from records.store import Store
 from records.taxonomy import Taxonomy
@@ -28,7 +28,7 @@ SIDE_PX = 160
 _GAP_PX = 8
 NONE_SHOWN = "No confirmed case may be shown beside this image."
 TAKEN_OUT = "cases"
-"""The `sent_hash` of an item whose task lost its strip: it matches no task, so the next push refreshes the task."""
+"""The `sent_hash` of an item whose task lost its strip; the next push refreshes the task."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,17 @@ def case_data(cases: Sequence[TaskCase], taxonomy: Taxonomy, settings: LabelingS
 
 def forbidden_cases(store: Store) -> dict[str, ReviewItem]:
     """Return the review items whose task shows an image that may be shown no more, by id."""
-    items = TABLES[ReviewItem].c
+    items, images = TABLES[ReviewItem].c, TABLES[Image].c
     with store.ledger.read() as tx:
-        query = sa.select(TABLES[ReviewItem]).where(items.cases.is_not(None), items.task_id.is_not(None))
-        shown = [ReviewItem.model_validate(dict(row)) for row in tx.connection.execute(query).mappings()]
-        wanted = {image_id for item in shown for image_id in item.cases or ()}
-        where = {"id": wanted, "consent": Consent.DISPLAY, "erased_at": None}
-        allowed = {image.id for image in tx.find(Image, where=where)} if wanted else set[str]()
-    return {item.id: item for item in shown if not allowed.issuperset(item.cases or ())}
+        # Two columns of all such items, whose number grows, and whole items only of those that are wanted.
+        query = sa.select(items.id, items.cases).where(items.cases.is_not(None), items.task_id.is_not(None))
+        shown = {row.id: row.cases for row in tx.connection.execute(query)}
+        wanted = {image_id for cases in shown.values() for image_id in cases}
+        mine = any_of(images.id, wanted, tx.connection.dialect)
+        may = sa.and_(mine, images.consent == Consent.DISPLAY, images.erased_at.is_(None))
+        allowed = set(tx.connection.scalars(sa.select(images.id).where(may)))
+        found = [item_id for item_id, cases in shown.items() if not allowed.issuperset(cases)]
+        return {item.id: item for item in tx.find(ReviewItem, where={"id": found})} if found else {}
 
 
 def take_out(client: LabelStudioClient, items: Sequence[ReviewItem]) -> tuple[set[str], list[str]]:

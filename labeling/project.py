@@ -242,6 +242,6 @@ def requeue(tx: Transaction, project_id: int) -> int:
     """Let the open review items of a project wait again; return their number."""
     # Items that were answered stay answered: their annotations are in the ledger.
     open_items = tx.find(ReviewItem, where={"project_id": project_id, "state": ReviewState.PUSHED})
-    for item in open_items:
-        tx.update(ReviewItem, item.id, state=ReviewState.NEW, project_id=None, task_id=None, pushed_at=None)
+    waits = {"state": ReviewState.NEW, "project_id": None, "task_id": None, "pushed_at": None}
+    tx.update_many(ReviewItem, {item.id: waits for item in open_items})
     return len(open_items)

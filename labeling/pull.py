@@ -21,6 +21,7 @@ from labeling.existing.page import LabelPage
 from labeling.outlines import outline_of
 from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project, settle_address
 from labeling.push import Advance, sums
+from labeling.reads import ADOPTED
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
 from labeling.servers import server_name
 from labeling.settings import LabelingSettings
@@ -405,9 +406,9 @@ def _settle(tx: Transaction, project_id: int, read: Sequence[_Read]) -> None:
             continue
         if item.task_id is None:
             # A push imported this task and was killed before it wrote its id. What the task shows is unknown, so the
-            # hash matches nothing and the next push refreshes it.
+            # next push refreshes it.
             at = {"project_id": project_id, "task_id": one.row.id, "pushed_at": now}
-            adopted[item.id] = {**at, "sent_hash": "adopted"}
+            adopted[item.id] = {**at, "sent_hash": ADOPTED}
         wanted = ReviewState.ANSWERED if one.answered else ReviewState.PUSHED
         if item.state != wanted:
             states[item.id] = {"state": wanted, "answered_at": now if one.answered else None}

@@ -3,27 +3,25 @@
 Each task carries the id of its item. Before an import, tasks that are newer than the newest one in the ledger are
 listed: those that an earlier push imported without recording it are adopted instead of being imported again. While
 Label Studio is down the items wait in the ledger. Tasks whose item has changed since are refreshed. An item that cannot
-be sent is reported and tried again by the next push; the others are sent. While a batch is imported the next one is
-made ready. One import is in flight at a time, since adopting relies on growing task ids.
+be sent is reported and tried again by the next push; the others are sent. While batches are imported the next one is
+made ready.
 """
 
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from images.decode import decode_image
-from images.overlay import overlay
-from labeling.cases import AT_ONCE, AboutTask, CaseSource, TaskCase, case_data
+from labeling.batches import Batch, Beside, prepare
+from labeling.cases import CaseSource
 from labeling.client import LabelStudioClient
-from labeling.existing.fit import fitted, require_fit
+from labeling.existing.fit import require_fit
 from labeling.existing.page import LabelPage
 from labeling.project import (
     LEASE,
@@ -36,25 +34,23 @@ from labeling.project import (
     settle_address,
 )
 from labeling.queue import Read, first_waiting, waiting_pages, waiting_reads
-from labeling.reads import content_hash, plan_reads, stale_items
+from labeling.reads import ADOPTED, STALE, note_sent, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.sittings import next_sitting
-from labeling.tasks import task_document
 from records import tracing
-from records.arrays import UInt8Array
-from records.errors import DataError, LabelStudioError, LabelStudioRefusedError, UnavailableError, UnknownIdError
+from records.cursors import set_position
+from records.errors import DataError, LabelStudioError, LabelStudioRefusedError, UnavailableError
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
-from records.parts import ahead, attempt, each_in_parts, in_parts
-from records.store import Store, read_image
-from records.types import Image, Prediction, ReviewItem, ReviewState
+from records.parts import ahead, attempt, in_flight, in_parts
+from records.store import Store
+from records.types import Cursor, Prediction, ReviewItem, ReviewState
 
 Advance = Callable[[int, int], None]
 """Called with (done, total) after each batch."""
 
-_ENCODERS = 2
 _REFRESHED_AT_ONCE = 4
 _ADDED = ("pushed", "adopted", "refreshed", "blind", "doubled", "requeued", "withdrawn", "unreadable")
 
@@ -105,14 +101,15 @@ def push(
     # Without the lease and without a request: most pushes of `sync --watch` find nothing to do.
     with store.ledger.read() as tx:
         waits = tx.count(ReviewItem, where={"state": ReviewState.NEW}, at_most=1) > 0
-    if not waits and not stale_items(store):
+        changed = tx.count(ReviewItem, where={"state": ReviewState.PUSHED, "sent_hash": STALE}, at_most=1) > 0
+    if not waits and not changed:
         return PushReport()
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
-        return _push(store, client, settings, _Beside(model_id, cases), advance)
+        return _push(store, client, settings, Beside(model_id, cases), advance)
 
 
 def _push(
-    store: Store, client: LabelStudioClient, settings: LabelingSettings, beside: "_Beside", advance: Advance
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, beside: Beside, advance: Advance
 ) -> PushReport:
     plan_reads(store, settings)
     reports = [_refresh(store, client, settings, beside)]
@@ -149,22 +146,13 @@ def _joined(reports: Sequence[PushReport]) -> PushReport:
 
 
 @dataclass(frozen=True)
-class _Beside:
-    """What a task gets that is neither in its item nor in its prediction; `places` is by item, see `sittings`."""
-
-    model_id: str | None = None
-    cases: CaseSource | None = None
-    places: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _ProjectPush:
     """The push of one project's items; `advance` is called with the number of them that are done."""
 
     store: Store
     client: LabelStudioClient
     settings: LabelingSettings
-    beside: _Beside
+    beside: Beside
     project_key: ProjectKey
     destination: Callable[[Read], ProjectKey]
     advance: Callable[[int], None]
@@ -195,15 +183,18 @@ class _ProjectPush:
         beside = replace(self.beside, places=places)
         pushed, withdrawn = 0, 0
         unreadable: list[str] = []
-        ready = ahead(_prepare(self.store, part, project, self.settings, beside) for part in parts)
-        for number, batch in enumerate(ready, start=1):
-            refused = self._import(project, batch)
-            with self.store.ledger.begin() as tx:
-                tx.update_many(ReviewItem, {item.id: {"state": ReviewState.WITHDRAWN} for item in batch.erased})
+        ready = ahead(prepare(self.store, part, project, self.settings, beside) for part in parts)
+        several = self.settings.imports_at_once > 1 and sum(counts.values()) > size
+        if several:
+            _note_floor(self.store, project)
+        sent = in_flight(ready, partial(self._import, project), self.settings.imports_at_once)
+        for number, (batch, refused) in enumerate(sent, start=1):
             pushed += len(batch.items) - len(refused)
             withdrawn += len(batch.erased)
             unreadable.extend([*batch.unreadable, *refused])
             self.advance(min(number * size, sum(counts.values())))
+        if several:
+            _forget_floor(self.store, project)
         return PushReport(
             project_id=None if self.project_key.blind else project.id,
             pushed=pushed,
@@ -215,14 +206,18 @@ class _ProjectPush:
             unreadable=unreadable,
         )
 
-    def _adopted(self, project: Project) -> bool:
+    def _arrived(self, project: Project, items: Sequence[ReviewItem]) -> bool:
+        """Return whether the tasks of an import that failed are there all the same; then they are recorded."""
         try:
-            return adopt(self.store, self.client, project)[0] > 0
+            adopt(self.store, self.client, project)
         except LabelStudioRefusedError as error:
             # Without the list nobody knows what arrived; the next push looks again.
             raise LabelStudioError(str(error)) from error
+        with self.store.ledger.read() as tx:
+            waiting = {"id": [item.id for item in items], "state": ReviewState.NEW}
+            return tx.count(ReviewItem, where=waiting, at_most=1) == 0
 
-    def _import(self, project: Project, batch: "_Batch") -> list[str]:
+    def _import(self, project: Project, batch: Batch) -> list[str]:
         """Import a batch and record its tasks; return a sentence for each item that Label Studio does not take."""
 
         def send(tasks: Sequence[tuple[ReviewItem, dict[str, Any]]]) -> None:
@@ -235,15 +230,18 @@ class _ProjectPush:
             except Exception as error:
                 _raise_outage(error)
                 # A server that failed may have imported them all the same; then they must not be sent again in halves.
-                if not self._adopted(project):
+                if not self._arrived(project, [item for item, _ in tasks]):
                     raise
 
+        if batch.erased:
+            with self.store.ledger.begin() as tx:
+                tx.update_many(ReviewItem, {item.id: {"state": ReviewState.WITHDRAWN} for item in batch.erased})
         parts = in_parts(list(zip(batch.items, batch.documents, strict=True)), send, (LabelStudioRefusedError,))
         failed = [(part.members[0][0], part.result) for part in parts if part.result is not None]
         return [f"review item {item.id}: {error}" for item, error in failed]
 
 
-def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, beside: _Beside) -> PushReport:
+def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, beside: Beside) -> PushReport:
     """Update the open tasks whose review item changed: another priority or reason, a comment."""
     stale = stale_items(store)
     projects = known_projects(store, client) if stale else {}
@@ -259,7 +257,7 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
             continue
         project = opened
         for start in range(0, len(mine) if project.id == number else 0, settings.push_batch):
-            batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, beside)
+            batch = prepare(store, mine[start : start + settings.push_batch], project, settings, beside)
             failed.extend(batch.unreadable)
 
             def refresh(task: tuple[ReviewItem, dict[str, Any]]) -> bool:
@@ -272,7 +270,7 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
             # try it again.
             done = [(item, one) for item, one in found if not isinstance(one, Exception)]
             with store.ledger.begin() as tx:
-                tx.update_many(ReviewItem, {item.id: {"sent_hash": content_hash(item)} for item, _ in done})
+                note_sent(tx, {}, [item for item, _ in done])
             refreshed += sum(one for _, one in done)
             for item, one in found:
                 if isinstance(one, Exception):
@@ -287,13 +285,38 @@ def _raise_outage(error: Exception) -> None:
         raise error
 
 
+def newest_task(tx: Transaction, project: Project) -> int:
+    """Return the largest id of a recorded task of a project; 0 if there is none."""
+    newest = tx.find(ReviewItem, where={"project_id": project.id}, order_by=("-task_id",), limit=1)
+    return (newest[0].task_id or 0) if newest else 0
+
+
+def _floor_name(project: Project) -> str:
+    return f"labeling.importing {project.marker}"
+
+
+def _note_floor(store: Store, project: Project) -> None:
+    """Write down, before imports are in flight together, that tasks above the newest one may be unrecorded."""
+    with store.ledger.begin() as tx:
+        set_position(tx, _floor_name(project), {"after": newest_task(tx, project)})
+
+
+def _forget_floor(store: Store, project: Project) -> None:
+    with store.ledger.begin() as tx:
+        set_position(tx, _floor_name(project), {})
+
+
 def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[int, int]:
     """Record tasks that were imported without being recorded, and delete second tasks; returns both counts."""
-    # Task ids only grow, so tasks that are not recorded lie above the newest one that is. If a network sent an import
-    # twice and the second copy was recorded, the first lies below; the pull finds it by the number of tasks.
+    # Task ids only grow, so tasks that are not recorded lie above the newest one that is; of imports that were in
+    # flight together the later one may have been recorded, so those lie above the newest one from before. If a network
+    # sent an import twice and the second copy was recorded, the first lies below; the pull finds it by the number of
+    # tasks.
     with store.ledger.read() as tx:
-        newest = tx.find(ReviewItem, where={"project_id": project.id}, order_by=("-task_id",), limit=1)
-    after_id = (newest[0].task_id or 0) if newest else 0
+        after_id = newest_task(tx, project)
+        floor = tx.get(Cursor, _floor_name(project))
+    if floor is not None:
+        after_id = min(after_id, floor.position.get("after", after_id))
     adopted, doubled = 0, 0
     for page in client.list_tasks(project.id, after_id=after_id, with_annotations=True):
         ours = [row for row in page if str(row.meta.get("relook_key", "")).endswith(project.marker)]
@@ -335,148 +358,21 @@ def _shows_model(project: Project) -> bool:
     return project.page is None or project.page.shows_model
 
 
-def item_key(item_id: str, project: Project) -> str:
-    """Return the idempotency key of an item's task, made of the item's id and the project's marker."""
-    return f"{item_id}{project.marker}"
-
-
 def _mark_pushed(tx: Transaction, project_id: int, items: Mapping[int, ReviewItem], *, adopted: bool = False) -> None:
-    """Record the items of tasks; what an adopted task shows is unknown, so its hash makes it refreshed once."""
-    changes = {"state": ReviewState.PUSHED, "project_id": project_id, "pushed_at": utc_now()}
-    tx.update_many(
-        ReviewItem,
-        {
-            item.id: {**changes, "task_id": task_id, "sent_hash": "adopted" if adopted else content_hash(item)}
-            for task_id, item in items.items()
-        },
-    )
+    """Record the items of tasks; what an adopted task shows is unknown, so it is refreshed once."""
+    pushed = {"state": ReviewState.PUSHED, "project_id": project_id, "pushed_at": utc_now()}
+    changes = {item.id: {**pushed, "task_id": task_id} for task_id, item in items.items()}
+    if adopted:
+        tx.update_many(ReviewItem, {item_id: {**one, "sent_hash": ADOPTED} for item_id, one in changes.items()})
+    else:
+        note_sent(tx, changes, items.values())
     if tracing.is_on():
-        for item in items.values():
-            _trace_task(tx, item)
+        _trace_tasks(tx, items.values())
 
 
-def _trace_task(tx: Transaction, item: ReviewItem) -> None:
-    """Record the task in the trace of the request that it came from."""
-    prediction = tx.get(Prediction, item.prediction_id) if item.prediction_id else None
-    tracing.record("task", [prediction.request_id if prediction else item.id], now := time.time_ns(), now)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Items by what can be done with them; `documents` are the tasks of `items`, in the same order."""
-
-    items: list[ReviewItem]
-    documents: list[dict[str, Any]]
-    erased: list[ReviewItem]
-    unreadable: list[str]
-
-
-def _drawn(store: Store, item: ReviewItem, content: bytes, side_px: int) -> tuple[UInt8Array | None, UInt8Array | None]:
-    """Return an item's heat map over its image, and the image's pixels if they were needed for it.
-
-    There is no map if the item has none, or its task shows none.
-    """
-    if item.blind or (item.heat_map is None and item.overlay_blob is None):
-        return None, None
-    if item.heat_map is None:
-        return decode_image(store.blobs.get(str(item.overlay_blob)), side_px), None
-    # Drawn over the pixels as they are: enlarging the drawn map costs a tenth of drawing over an enlarged image.
-    pixels = decode_image(content, side_px)
-    side = min(pixels.shape[:2])
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-    return overlay(square, np.array(item.heat_map)), pixels
-
-
-def _prepare(
-    store: Store, waiting: Sequence[ReviewItem], project: Project, settings: LabelingSettings, beside: _Beside
-) -> _Batch:
-    with store.ledger.read() as tx:
-        images = {i.id: i for i in tx.find(Image, where={"id": {item.image_id for item in waiting}})}
-        predicted = {item.prediction_id for item in waiting if item.prediction_id is not None}
-        predictions = {p.id: p for p in tx.find(Prediction, where={"id": predicted})}
-    cases_of = _found_cases(store, waiting, images, predictions, beside.cases) if project.cases else {}
-
-    def document(item: ReviewItem) -> dict[str, Any]:
-        image = images.get(item.image_id)
-        prediction = predictions.get(item.prediction_id) if item.prediction_id is not None else None
-        if image is None:
-            raise UnknownIdError(f"its image {item.image_id[:12]} is not in the ledger")
-        content = read_image(store, image)
-        if isinstance(alike := cases_of.get(item.id, ()), Exception):
-            raise alike
-        drawn, pixels = _drawn(store, item, content, settings.image_side_px)
-        made = task_document(
-            item,
-            image,
-            content,
-            drawn,
-            prediction,
-            taxonomy=store.taxonomy,
-            settings=settings,
-            key=item_key(item.id, project),
-            cases=case_data(alike, store.taxonomy, settings) if project.cases and not item.blind else None,
-            place=beside.places.get(item.id, ""),
-            pixels=pixels,
-        )
-        if project.page is not None:
-            made = fitted(made, project.page, image, settings)
-        if not item.blind:
-            made["meta"]["relook_model"] = prediction.model_id if prediction is not None else beside.model_id
-            made["meta"]["relook_cases"] = [case.image_id for case in alike]
-        return made
-
-    batch = _Batch([], [], [], [])
-    erased = {image.id for image in images.values() if image.erased_at is not None}
-    batch.erased.extend(item for item in waiting if item.image_id in erased)
-    wanted = [item for item in waiting if item.image_id not in erased]
-    # Decoding and encoding release the GIL. An image that cannot be read becomes a sentence in the report: one damaged
-    # file must not hold up the others.
-    with ThreadPoolExecutor(_ENCODERS) as pool:
-        made = list(pool.map(partial(attempt, document), wanted))
-    unavailable = [error for error in made if isinstance(error, UnavailableError)]
-    # One file that cannot be read is damaged; if none can, the store is down.
-    if len(unavailable) == len(made) > 1:
-        raise unavailable[0]
-    for item, found in zip(wanted, made, strict=True):
-        if isinstance(found, Exception):
-            batch.unreadable.append(f"review item {item.id}: {found or type(found).__name__}")
-        else:
-            batch.items.append(item)
-            batch.documents.append(found)
-    _note_cases(store, batch)
-    return batch
-
-
-def _found_cases(
-    store: Store,
-    waiting: Sequence[ReviewItem],
-    images: Mapping[str, Image],
-    predictions: Mapping[str, Prediction],
-    source: CaseSource | None,
-) -> dict[str, Sequence[TaskCase] | Exception]:
-    """Return the cases of tasks that are not blind, or why there are none, by review item."""
-    found: dict[str, Sequence[TaskCase] | Exception] = {}
-    if source is None:
-        return found
-    shown = [item for item in waiting if not item.blind and item.image_id in images]
-    for start in range(0, len(shown), AT_ONCE):
-        about: dict[str, AboutTask] = {}
-        for item in shown[start : start + AT_ONCE]:
-            content = attempt(partial(read_image, store), image := images[item.image_id])
-            if isinstance(content, bytes):
-                about[item.id] = (image, content, predictions.get(item.prediction_id or ""))
-        found.update(zip(about, each_in_parts(list(about.values()), source), strict=True))
-    return found
-
-
-def _note_cases(store: Store, batch: _Batch) -> None:
-    """Write down which images the tasks are going to show, before they do: an erasure has to find them."""
-    shown = {
-        item.id: document["meta"].get("relook_cases") or None
-        for item, document in zip(batch.items, batch.documents, strict=True)
-    }
-    changed = {item.id: {"cases": shown[item.id]} for item in batch.items if item.cases != shown[item.id]}
-    if changed:
-        with store.ledger.begin() as tx:
-            tx.update_many(ReviewItem, changed)
+def _trace_tasks(tx: Transaction, items: Collection[ReviewItem]) -> None:
+    """Record the tasks in the traces of the requests that they came from."""
+    predicted = {item.prediction_id for item in items if item.prediction_id is not None}
+    request_of = {p.id: p.request_id for p in tx.find(Prediction, where={"id": predicted})}
+    for item in items:
+        tracing.record("task", [request_of.get(item.prediction_id or "", item.id)], now := time.time_ns(), now)

@@ -6,20 +6,30 @@ measures how far the prediction influences its readers. Gold tasks join the blin
 ledger and calls no server.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import sqlalchemy as sa
 
+from labeling.cases import TAKEN_OUT
 from labeling.consensus import contested
 from labeling.gold import add_gold
 from labeling.settings import LabelingSettings
 from records.ids import hash_of, utc_now
-from records.ledger.tables import TABLES
+from records.ledger import Transaction
+from records.ledger.tables import TABLES, any_of
 from records.store import Store
 from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 
 _ADJUDICATION_PRIORITY = 150.0
 """Below flags and above referrals: two people have spent time on the image already."""
+CURRENT = "current"
+"""The `sent_hash` of a review item whose task shows it as it is; older releases stored a hash instead."""
+CHANGED = "changed"
+"""The `sent_hash` of one that changed since: a trigger of the database writes it, whatever statement changed it."""
+ADOPTED = "adopted"
+"""The `sent_hash` of one whose task an earlier push imported without recording it: nobody knows what it shows."""
+STALE = (CHANGED, ADOPTED, TAKEN_OUT)
 _ROWS_AT_ONCE = 10_000  # that are read
 _ITEMS_AT_ONCE = 1000  # in a transaction that writes
 _SEVERAL = frozenset({ReasonCode.URGENT, ReasonCode.FLAGGED, ReasonCode.INCIDENT})
@@ -97,25 +107,33 @@ def add_adjudications(store: Store, threshold: float) -> int:
     return len(fresh)
 
 
-def content_hash(item: ReviewItem) -> str:
-    """Return a hash of what a task shows of its review item; stored as `sent_hash` when the task is sent."""
-    return _content_hash(item.priority, [reason.value for reason in item.reasons], item.comment, item.suggested_label)
-
-
 def stale_items(store: Store) -> list[ReviewItem]:
-    """Return the pushed review items that changed since their task was sent or refreshed."""
-    # Selects columns instead of records: this runs before every push, over many items of which few have changed.
-    table = TABLES[ReviewItem].c
-    columns = (table.id, table.priority, table.reasons, table.comment, table.suggested_label, table.sent_hash)
-    query = sa.select(*columns).where(table.state == ReviewState.PUSHED, table.sent_hash.is_not(None))
+    """Return the review items whose open task shows something else, or nobody knows what, the most urgent first."""
     with store.ledger.read() as tx:
-        rows = tx.connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
-        ids = [row[0] for row in rows if _content_hash(*row[1:5]) != row[5]]
-        return tx.find(ReviewItem, where={"id": ids}, order_by=("-priority", "id")) if ids else []
+        found = tx.find(ReviewItem, where={"state": ReviewState.PUSHED, "sent_hash": STALE})
+    # Sorted here: to have them in order, SQLite would read all open items in the order of another index.
+    return sorted(found, key=lambda item: (-item.priority, item.id))
 
 
-def _content_hash(priority: float, reasons: list[str], comment: str | None, suggested: str | None) -> str:
-    return hash_of([priority, [str(reason) for reason in reasons], comment, suggested])[:16]
+def note_sent(tx: Transaction, changes: Mapping[str, dict[str, Any]], sent: Collection[ReviewItem]) -> None:
+    """Record that tasks show what their items are about.
+
+    Args:
+        tx: a write transaction.
+        changes: further changes by item id.
+        sent: the items, as they were when their tasks were made; those that changed since are marked.
+    """
+    items = TABLES[ReviewItem].c
+    query = sa.select(items.id, items.priority, items.reasons, items.comment, items.suggested_label)
+    mine = any_of(items.id, [item.id for item in sent], tx.connection.dialect)
+    now = {row[0]: tuple(row[1:]) for row in tx.connection.execute(query.where(mine))}
+    marks = {item.id: CURRENT if now.get(item.id) == _shown(item) else CHANGED for item in sent}
+    tx.update_many(ReviewItem, {item.id: {**changes.get(item.id, {}), "sent_hash": marks[item.id]} for item in sent})
+
+
+def _shown(item: ReviewItem) -> tuple[float, list[str], str | None, str | None]:
+    """Return what a task shows of its review item; the trigger `mark_changed_task` watches the same columns."""
+    return item.priority, [reason.value for reason in item.reasons], item.comment, item.suggested_label
 
 
 def _further_reads(item: ReviewItem, settings: LabelingSettings) -> list[ReviewItem]:

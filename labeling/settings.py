@@ -93,6 +93,13 @@ class LabelingSettings(RoomSettings):
         "accuracy, natural (as calibrated) where it is accuracy in the population; rare_margin always takes equal",
     )
     push_batch: int = Field(default=100, ge=1, le=1000, description="tasks in one import")
+    imports_at_once: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="imports in flight, 1 to 8; more than 1 only for a Label Studio on PostgreSQL, since one on SQLite "
+        "pauses for seconds when two imports meet",
+    )
     poll_every_s: float = Field(
         default=15.0, ge=1, le=3600, description="pause of `relook label sync --watch` between two polls, seconds"
     )

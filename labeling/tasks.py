@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 from xml.etree import ElementTree
 
-import cv2
 from PIL import Image as PillowImage
 
 from images.decode import decode_image
@@ -264,10 +263,15 @@ def _plain_jpeg(image: bytes, side_px: int) -> bytes | None:
 
 def _enlarged_uri(overlay: UInt8Array, settings: LabelingSettings) -> str:
     """Return a heat map as a data URI whose longer side is `image_side_px`: a folded panel shows it at its own size."""
-    factor = settings.image_side_px / max(overlay.shape[:2])
-    size = (max(1, round(overlay.shape[1] * factor)), max(1, round(overlay.shape[0] * factor)))
-    shown = overlay if factor == 1.0 else cv2.resize(overlay, size, interpolation=cv2.INTER_LINEAR)
-    return _jpeg_uri(_encoded(PillowImage.fromarray(shown), settings.jpeg_quality))
+    small = _jpeg_uri(_encoded(PillowImage.fromarray(overlay), settings.jpeg_quality))
+    height_px, width_px = overlay.shape[:2]
+    factor = settings.image_side_px / max(height_px, width_px)
+    if factor <= 1.0:
+        return small
+    # The browser enlarges it: encoding an enlarged map took half of a task's time, and half of its bytes.
+    size = f'width="{round(width_px * factor)}" height="{round(height_px * factor)}"'
+    drawing = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><image {size} href="{small}"/></svg>'
+    return "data:image/svg+xml;base64," + base64.b64encode(drawing.encode()).decode()
 
 
 def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> ParsedAnnotation:

@@ -4,14 +4,17 @@
         part.members, part.result           # all of them, halves, or single rows: as few calls as the failures allow
     found = [attempt(draw, item) for item in items]     # a result, or the error of this item
     for page in ahead(pages):               # the next page is fetched while this one is processed
+    for batch, result in in_flight(batches, send, 2):   # the next batch is sent before this one has arrived
 
 `UnavailableError` is the exception: if the ledger or a server does not respond, a second attempt does not help either.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from records.errors import UnavailableError
 
@@ -79,7 +82,35 @@ def ahead(members: Iterable[T]) -> Generator[T]:
     """
     source, end = iter(members), object()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, source, end)
+        coming = _submit(pool, next, source, end)
         while (member := coming.result()) is not end:
-            coming = pool.submit(next, source, end)
-            yield member  # type: ignore[misc]
+            coming = _submit(pool, next, source, end)
+            yield member
+
+
+def in_flight(members: Iterable[T], act: Callable[[T], R], most: int) -> Generator[tuple[T, R]]:
+    """Yield the members of an iterable with their results, in order, while others are processed in threads.
+
+    Args:
+        members: each is taken when there is room for it.
+        act: called in a thread.
+        most: calls at a time, at least 1.
+    Yields:
+        Member and result. An error of a call is raised where its result would be yielded; the calls that are under
+        way then come to their end first.
+    """
+    with ThreadPoolExecutor(most) as pool:
+        coming: deque[tuple[T, Future[R]]] = deque()
+        for member in members:
+            if len(coming) == most:
+                first, result = coming.popleft()
+                yield first, result.result()
+            coming.append((member, _submit(pool, act, member)))
+        while coming:
+            first, result = coming.popleft()
+            yield first, result.result()
+
+
+def _submit(pool: ThreadPoolExecutor, act: Callable[..., Any], *members: Any) -> Future[Any]:
+    # In the caller's context, which holds its leases: a write in the thread is refused as well once one is lost.
+    return pool.submit(copy_context().run, act, *members)

@@ -1,21 +1,23 @@
 """Rates of pushing tasks and pulling annotations, compared with a client that only transfers them.
 
-Both use one real, local Label Studio. The bare client sends the task documents that a push sent, in the same batches,
-and reads the same pages of annotations; it makes no images, keeps no ledger and checks nothing. They alternate, so
-that other load on the machine affects both.
+Both use one real, local Label Studio. The bare client sends the task documents that a push sent, in the same batches
+and with as many imports in flight, and reads pages of annotations with the same fields; it makes no images, keeps no
+ledger and checks nothing. They alternate, so that other load on the machine affects both.
 """
 
 import io
+import os
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image as PillowImage
 
+from bench.label.annotating import arriving
 from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
 from labeling.project import known_project
@@ -25,12 +27,15 @@ from labeling.settings import LabelingSettings
 from labeling.tasks import annotation_result, label_config
 from records.errors import IntegrityError
 from records.ids import new_id, utc_now
+from records.parts import in_flight
 from records.store import Store
 from records.types import Annotation, Image, ReasonCode, ReviewItem
 
 TURNS = 5
-_ANNOTATORS = 4
+_TASKS_EACH = 3
 _PAGE_SIZE = 500
+_FIELDS = "id,meta,updated_at,annotations,result,completed_by,was_cancelled,lead_time"
+_PREDICTED = "bench"
 
 
 def measure(
@@ -38,6 +43,7 @@ def measure(
     server: ServerInfo,
     settings: LabelingSettings,
     items: int,
+    annotators: int = 0,
     advance: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Push, annotate and pull, and let the bare client do the same.
@@ -47,39 +53,62 @@ def measure(
         server: a Label Studio without projects.
         settings: of the labeling room.
         items: number of tasks.
+        annotators: how many annotate further tasks of the same project meanwhile.
         advance: called with a line about each step.
     Returns:
         The keys of `python -m bench label`; rates are tasks and annotations per second.
     Raises:
         LabelStudioError: Label Studio cannot be reached or refuses.
-        IntegrityError: the two clients did not read the same number of annotations.
+        IntegrityError: the two clients did not read the same annotations.
     """
     settings = settings.model_copy(update={"blind_share": 0.0})
     with _Recording(server.url, server.token) as client, LabelStudioClient(server.url, server.token) as bare:
-        advance(f"pushing {items} tasks")
-        pushed_s, bare_pushed_s = _push_in_turns(store, client, bare, settings, items)
-        advance(f"annotating {items} tasks")
-        _annotate_all(store, client)
-        advance(f"pulling {items} annotations")
-        number = known_project(store, client) or 0
-        first_s, first = _timed(lambda: _read_bare(bare, number))
-        # The bare client reads before and after the pull; the mean cancels a drift of the machine's speed.
-        pulled_s, report = _timed(lambda: pull(store, client, settings))
-        second_s, second = _timed(lambda: _read_bare(bare, number))
-        if {first, second, report.new_labels} != {items}:
-            raise IntegrityError(f"{items} annotations were made and {first}, {report.new_labels}, {second} were read")
+        add_review_items(store, annotators * _TASKS_EACH, seed=TURNS)
+        push(store, client, settings)
+        with store.ledger.read() as tx:
+            theirs = [item.task_id or 0 for item in tx.find(ReviewItem)]
+        clock, began = _Clock(psutil.Process(server.pid)), time.perf_counter()
+        with arriving(server, annotators, theirs, store.taxonomy.codes[0]) as took_s:
+            advance(f"pushing {items} tasks")
+            pushed, bare_pushed = _push_in_turns(store, client, bare, settings, items, clock)
+            advance(f"annotating {items} tasks")
+            number = known_project(store, client) or 0
+            _annotate_all(store, client, number, set(theirs))
+            advance(f"pulling {items} annotations")
+            before, first = clock.timed(lambda: _read_bare(bare, number))
+            # The bare client reads before and after the pull; the mean cancels a drift of the machine's speed.
+            pulled, report = clock.timed(lambda: pull(store, client, settings))
+            after, second = clock.timed(lambda: _read_bare(bare, number))
+        ended = time.perf_counter()
+        if not items <= first <= report.new_labels <= second <= items + len(took_s):
+            raise IntegrityError(
+                f"{items} and {len(took_s)} annotations were made and {first}, {report.new_labels}, {second} were read"
+            )
+        while not pull(store, client, settings).idle:
+            advance("pulling what arrived last")
         exact = counted(store, client)
-    bare_pulled_s = (first_s + second_s) / 2
     return {
         "items": items,
-        "push_s": items / pushed_s,
-        "bare_push_s": items / bare_pushed_s,
-        "push_over_bare": bare_pushed_s / pushed_s,
-        "pull_s": items / pulled_s,
-        "bare_pull_s": items / bare_pulled_s,
-        "pull_over_bare": bare_pulled_s / pulled_s,
+        "annotators": annotators,
+        "arrived_s": len(took_s) / (ended - began),
+        "wait_p50_s": float(np.median(took_s)) if took_s else None,
+        **_compared("push", pushed, items, bare_pushed, items),
+        **_compared("pull", pulled, report.new_labels, before + after, first + second),
         "lost": exact["lost"],
         "duplicated": exact["doubled"],
+        "load": os.getloadavg(),
+    }
+
+
+def _compared(name: str, took: "_Took", number: int, bare: "_Took", bare_number: int) -> dict[str, float]:
+    """Return rates a second, their ratio, and processor time of one task or annotation, of Relook and of the client."""
+    per_s, bare_per_s = number / took.wall_s, bare_number / bare.wall_s
+    return {
+        f"{name}_s": per_s,
+        f"bare_{name}_s": bare_per_s,
+        f"{name}_over_bare": per_s / bare_per_s,
+        f"{name}_cpu_ms": 1e3 * took.cpu_s / number,
+        f"bare_{name}_cpu_ms": 1e3 * bare.cpu_s / bare_number,
     }
 
 
@@ -150,29 +179,66 @@ class _Recording(LabelStudioClient):
         return super().import_tasks(project_id, tasks)
 
 
+@dataclass(frozen=True)
+class _Took:
+    """Wall time, and processor time of this process and of Label Studio together, seconds."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def __add__(self, other: "_Took") -> "_Took":
+        return _Took(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Times work by the wall clock and by the processor, which other load on the machine disturbs less."""
+
+    server: psutil.Process
+
+    def timed(self, work: Callable[[], Any]) -> tuple[_Took, Any]:
+        """Do the work; return what it took, and its result."""
+        began, cpu_s = time.perf_counter(), self._cpu_s()
+        result = work()
+        return _Took(time.perf_counter() - began, self._cpu_s() - cpu_s), result
+
+    def _cpu_s(self) -> float:
+        used = self.server.cpu_times()
+        return time.process_time() + float(used.user + used.system)
+
+
 def _push_in_turns(
-    store: Store, client: _Recording, bare: LabelStudioClient, settings: LabelingSettings, items: int
-) -> tuple[float, float]:
-    """Return the seconds that the push and the bare client took for all tasks."""
+    store: Store,
+    client: _Recording,
+    bare: LabelStudioClient,
+    settings: LabelingSettings,
+    items: int,
+    clock: _Clock,
+) -> tuple[_Took, _Took]:
+    """Return what the push and the bare client took for all tasks."""
     project = {"title": "bare", "label_config": label_config(store.taxonomy)}
     bare_project = int(bare.request("POST", "api/projects/", "make a project", body=project)["id"])
-    pushed_s = bare_s = 0.0
+    pushed = bare_pushed = _Took()
     for turn in range(TURNS):
         add_review_items(store, items // TURNS + (turn < items % TURNS), seed=turn)
         client.sent.clear()
-        pushed_s += _timed(lambda: push(store, client, settings))[0]
-        bare_s += _timed(lambda: _send_bare(bare, bare_project, client.sent))[0]
-    return pushed_s, bare_s
+        pushed += clock.timed(lambda: push(store, client, settings))[0]
+        bare_pushed += clock.timed(lambda: _send_bare(bare, bare_project, client.sent, settings.imports_at_once))[0]
+    return pushed, bare_pushed
 
 
-def _send_bare(bare: LabelStudioClient, project_id: int, batches: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    for batch in batches:
+def _send_bare(
+    bare: LabelStudioClient, project_id: int, batches: Sequence[Sequence[Mapping[str, Any]]], at_once: int
+) -> None:
+    def send(batch: Sequence[Mapping[str, Any]]) -> None:
         bare.request("POST", f"api/projects/{project_id}/import", "import", body=list(batch), repeat=False)
+
+    list(in_flight(batches, send, at_once))
 
 
 def _read_bare(bare: LabelStudioClient, project_id: int) -> int:
-    """Read all annotations of a project page by page and return their number."""
-    wanted = {"project": project_id, "fields": "all", "page_size": _PAGE_SIZE, "include": "id,annotations,result"}
+    """Read all annotations of a project page by page, with the fields that a pull reads; return their number."""
+    wanted = {"project": project_id, "fields": "all", "page_size": _PAGE_SIZE, "include": _FIELDS}
     found, page = 0, 1
     while True:
         listed = bare.request("GET", "api/tasks/", "read", params={**wanted, "page": page})
@@ -182,23 +248,24 @@ def _read_bare(bare: LabelStudioClient, project_id: int) -> int:
         page += 1
 
 
-def _annotate_all(store: Store, client: LabelStudioClient) -> None:
+def _annotate_all(store: Store, client: LabelStudioClient, project_id: int, left_out: Collection[int]) -> None:
+    """Annotate every task once: as predictions, which Label Studio then turns into annotations, many at a time."""
     with store.ledger.read() as tx:
-        items = tx.find(ReviewItem, order_by=("id",))
+        items = tx.find(ReviewItem, where={"project_id": project_id}, order_by=("id",))
+    tasks = [item.task_id for item in items if item.task_id not in left_out]
     codes = store.taxonomy.codes
-
-    def annotate(numbered: tuple[int, ReviewItem]) -> None:
-        label = codes[numbered[0] % len(codes)]
-        client.create_annotation(numbered[1].task_id or 0, annotation_result(label), key=uuid.uuid4())
-
-    with ThreadPoolExecutor(_ANNOTATORS) as pool:
-        list(pool.map(annotate, enumerate(items)))
-
-
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
+    for start in range(0, len(tasks), _PAGE_SIZE):
+        some = tasks[start : start + _PAGE_SIZE]
+        labels = [codes[number % len(codes)] for number in range(start, start + len(some))]
+        wanted = [
+            {"task": task, "result": annotation_result(label), "model_version": _PREDICTED}
+            for task, label in zip(some, labels, strict=True)
+        ]
+        client.request("POST", f"api/projects/{project_id}/import/predictions", "predict", body=wanted, repeat=False)
+        client.request(
+            "POST", "api/dm/actions/", "annotate", params={"id": "predictions_to_annotations", "project": project_id},
+            body={"selectedItems": {"all": False, "included": some}, "model_version": _PREDICTED}, repeat=False,
+        )  # fmt: skip
 
 
 def _image(chance: np.random.Generator) -> bytes:

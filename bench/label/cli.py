@@ -1,6 +1,7 @@
 """The verb `label` of `python -m bench`.
 
 python -m bench label --json
+python -m bench label --items 10000 --annotators 100 --json
 """
 
 from contextlib import closing
@@ -20,6 +21,7 @@ app = typer.Typer()
 def bench_label(
     call: Call,
     items: Annotated[int, typer.Option(min=10, help="Number of tasks that are sent, annotated and read.")] = 1000,
+    annotators: Annotated[int, typer.Option(min=0, help="People who annotate other tasks meanwhile.")] = 0,
 ) -> None:
     """Measure push and pull with a Label Studio of their own, next to a client that only moves the data."""
     from bench.label.bulk import measure
@@ -34,7 +36,7 @@ def bench_label(
         with closing(open_store(records)) as store:
             local = LocalLabelStudio(store.home, labeling)
             try:
-                figures = measure(store, local.up(say), labeling, items, say)
+                figures = measure(store, local.up(say), labeling, items, annotators, say)
             finally:
                 local.down()
     call.emit(figures, figures_table("python -m bench label", figures))

@@ -13,37 +13,22 @@ import os
 import sys
 import tempfile
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
+from bench.label.annotating import LOOK_S, work
 from bench.label.bulk import add_review_items, counted
 from labeling.client import LabelStudioClient
 from labeling.local_server import LocalLabelStudio
 from labeling.pull import pull
 from labeling.push import push
 from labeling.settings import LabelingSettings
-from labeling.tasks import annotation_result
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import ReviewItem
-
-LOOK_S = 10.0
-"""Assumed time that a person needs for one image, seconds."""
-
-
-def work(client: LabelStudioClient, tasks: list[int], label: str) -> list[float]:
-    """Open and annotate tasks one after another; returns the seconds of each."""
-    took_s = []
-    for task in tasks:
-        began = time.perf_counter()
-        client.request("GET", f"api/tasks/{task}/", "open a task")
-        client.create_annotation(task, annotation_result(label), key=uuid.uuid4())
-        took_s.append(time.perf_counter() - began)
-    return took_s
 
 
 def main() -> int:

@@ -141,5 +141,15 @@ def any_of(column: sa.Column[Any], values: Collection[Any], dialect: sa.Dialect)
 
 SCHEMA_FLOOR = sa.Table("schema_floor", sa.MetaData(), sa.Column("oldest", sa.Text, primary_key=True))
 """One row: the oldest schema version whose program may use this ledger. It is not a record type, so backups lack it."""
+CONSENSUS = sa.Table(
+    "consensus",
+    sa.MetaData(),
+    sa.Column("image_id", sa.Text, primary_key=True),
+    sa.Column("stale", sa.Boolean, nullable=False, index=True),
+    sa.Column("resolved", sa.JSON(none_as_null=True), nullable=True),
+)
+"""What the annotations of each image come to, as JSON of a `ResolvedLabel`. It follows from other tables, so backups
+lack it. Triggers mark a row `stale` and empty it when an annotation of its image is added, changed, deleted or erased.
+"""
 METADATA = sa.MetaData()
 TABLES: dict[type[Record], sa.Table] = {record_type: _table(record_type, METADATA) for record_type in LEDGER_TYPES}

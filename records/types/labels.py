@@ -21,7 +21,7 @@ class Annotation(Record):
     """One revision of one annotation. Edits add a row; deletions add a tombstone."""
 
     table: ClassVar[str] = "annotations"
-    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",), ("review_item_id",))
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",), ("review_item_id",), ("created_at",))
     unique: ClassVar[tuple[tuple[str, ...], ...]] = (("server", "annotation_id", "revision"),)
 
     id: str

@@ -132,6 +132,7 @@ class ReviewItem(Record):
         ("image_id",),
         ("project_id", "task_id"),
         ("selection_probability",),
+        ("state", "sent_hash"),
     )
 
     id: str
@@ -158,7 +159,7 @@ class ReviewItem(Record):
         default=None, description="ids of the confirmed cases that its task shows beside its image"
     )
     sent_hash: str | None = Field(
-        default=None, description="hash of the task that was sent; a different hash means that the task is stale"
+        default=None, description="whether its task shows it as it is; empty before it was sent"
     )
     state: ReviewState = ReviewState.NEW
     project_id: int | None = None

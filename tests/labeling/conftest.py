@@ -1,9 +1,11 @@
 """One real Label Studio for the whole session, and a fresh store with generated images for each test."""
 
+import base64
 import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -135,3 +137,13 @@ def write_item(store: Store, data: bytes, overlay: bytes | None, priority: float
     with store.ledger.begin() as tx:
         tx.add(image, prediction, item)
     return item
+
+
+def drawing_of(uri: str) -> tuple[dict[str, str], str]:
+    """Return the size at which a heat map is shown, and the image in it."""
+    assert uri.startswith("data:image/svg+xml;base64,")
+    drawing = ElementTree.fromstring(base64.b64decode(uri.partition(",")[2]))
+    (shown,) = drawing
+    size = {name: drawing.attrib[name] for name in ("width", "height")}
+    assert {name: shown.attrib[name] for name in size} == size
+    return size, shown.attrib["href"]

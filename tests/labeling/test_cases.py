@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image as PillowImage
 
+from labeling.batches import Beside, prepare
 from labeling.cases import NONE_SHOWN, SIDE_PX, AboutTask, TaskCase, are_shown, forbidden_cases
 from labeling.client import LabelStudioClient
 from labeling.project import Project, ProjectKey
 from labeling.pull import pull
-from labeling.push import _Beside, _prepare, push
+from labeling.push import push
 from labeling.settings import LabelingSettings
 from labeling.sittings import next_sitting
 from labeling.tasks import label_config
@@ -72,8 +73,8 @@ def test_a_task_shows_small_images_with_diagnosis_and_distance_and_a_blind_one_n
     images = [displayed(store, number) for number in range(3)]
     item = write_item(store, make_image(1), None, 1.0)
     blind = write_item(store, make_image(2), None, 1.0).model_copy(update={"blind": True})
-    beside = _Beside(cases=source_of(images, store))
-    batch = _prepare(store, [item, blind], Project(id=1, marker="m", cases=True), LabelingSettings(), beside)
+    beside = Beside(cases=source_of(images, store))
+    batch = prepare(store, [item, blind], Project(id=1, marker="m", cases=True), LabelingSettings(), beside)
     shown, hidden = (document["data"] for document in batch.documents)
     assert strip_of(shown).size == (3 * SIDE_PX + 16, SIDE_PX)
     assert len(shown["cases"]) < 60_000
@@ -83,9 +84,9 @@ def test_a_task_shows_small_images_with_diagnosis_and_distance_and_a_blind_one_n
     with store.ledger.read() as tx:
         assert tx.require(ReviewItem, item.id).cases == [image.id for image in images]
         assert tx.require(ReviewItem, blind.id).cases is None
-    (none,) = _prepare(store, [item], Project(id=1, marker="m", cases=True), LabelingSettings(), _Beside()).documents
+    (none,) = prepare(store, [item], Project(id=1, marker="m", cases=True), LabelingSettings(), Beside()).documents
     assert none["data"]["cases_text"] == NONE_SHOWN
-    (old,) = _prepare(store, [item], Project(id=1, marker="m"), LabelingSettings(), beside).documents
+    (old,) = prepare(store, [item], Project(id=1, marker="m"), LabelingSettings(), beside).documents
     assert "cases" not in old["data"], "a page without the panel gets nothing for it"
 
 
@@ -163,7 +164,7 @@ def test_a_reader_gets_a_sitting_at_a_time_and_the_next_one_after_the_break(stor
         assert second == waiting[3:6]
         last, said = next_sitting(tx, key, waiting[6:], settings, now + timedelta(minutes=16))
         assert (last, list(said.values())) == (waiting[6:], [""])
-    (document,) = _prepare(
-        store, waiting[:1], Project(1, "m"), settings, _Beside(places={waiting[0].id: "Task 1 of 3 in this sitting."})
+    (document,) = prepare(
+        store, waiting[:1], Project(1, "m"), settings, Beside(places={waiting[0].id: "Task 1 of 3 in this sitting."})
     ).documents
     assert document["data"]["why"] == "Task 1 of 3 in this sitting. Please give your diagnosis."

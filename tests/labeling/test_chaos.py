@@ -85,12 +85,13 @@ def test_a_killed_push_is_continued(
         "    whole(project_id, tasks)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "client.import_tasks = die\n"
-        "push(store, client, LabelingSettings(push_batch=10, blind_share=0.0))\n"
+        "push(store, client, LabelingSettings(push_batch=10, imports_at_once=2, blind_share=0.0))\n"
     )
     command = [sys.executable, "-c", push_and_die, str(store.home.root), server.url]
     variables = {**os.environ, "TOKEN": server.token.get_secret_value(), "PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, env=variables, check=False).returncode == -signal.SIGKILL
     report = sync(store, client, settings).push
-    assert (report.pushed, report.refreshed) == (20, 10), "the pull finds the ten that arrived"
+    assert report.pushed + report.refreshed == 30
+    assert report.refreshed in (10, 20), "the pull finds the tasks of the one or two imports that arrived"
     found = label_chaos.compare(store, client)
     assert (found["tasks"], found["lost"], found["doubled"], found["order_kept"]) == (30, 0, 0, True)

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from cluster.labels import resolved_labels
 from images.grouping import known_diagnoses
+from labeling.batches import Beside, prepare
 from labeling.cli import app
 from labeling.consensus import current
 from labeling.project import Project
-from labeling.push import _Beside, _prepare
 from labeling.readers import list_cards, open_card
 from labeling.reads import add_adjudications, plan_reads
 from labeling.settings import LabelingSettings
@@ -114,7 +114,7 @@ def test_a_gold_task_is_like_the_task_of_any_blind_item(store: Store) -> None:
     plan_reads(store, GOLD.model_copy(update={"gold_share": 0.5, "readers": ()}))
     with store.ledger.read() as tx:
         waiting = tx.find(ReviewItem, where={"state": ReviewState.NEW})
-    batch = _prepare(store, waiting, Project(id=1, marker="m"), LabelingSettings(), _Beside("c" * 64))
+    batch = prepare(store, waiting, Project(id=1, marker="m"), LabelingSettings(), Beside("c" * 64))
     by_kind: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for item, document in zip(batch.items, batch.documents, strict=True):
         by_kind[ReasonCode.GOLD in item.reasons].append(document)

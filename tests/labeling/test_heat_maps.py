@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
+from labeling.batches import Beside, prepare
 from labeling.project import Project
-from labeling.push import _Beside, _prepare
 from labeling.settings import LabelingSettings
 from records.store import Store
 from records.types import ReviewItem
-from tests.labeling.conftest import make_image, write_item
+from tests.labeling.conftest import drawing_of, make_image, write_item
 
 MAP = [[0, 0, 0], [0, 255, 0], [0, 0, 0]]
 
 
 def task_of(store: Store, item: ReviewItem) -> dict[str, Any]:
-    batch = _prepare(store, [item], Project(id=1, marker="m"), LabelingSettings(), _Beside())
+    batch = prepare(store, [item], Project(id=1, marker="m"), LabelingSettings(), Beside())
     assert batch.unreadable == []
     (document,) = batch.documents
     data: dict[str, Any] = document["data"]
@@ -36,20 +36,23 @@ def item(store: Store) -> ReviewItem:
 
 
 def test_a_task_shows_the_map_over_its_image(store: Store, item: ReviewItem) -> None:
-    side_px = LabelingSettings().image_side_px
-    plain, drawn = (
-        pixels_of(task_of(store, item.model_copy(update={"heat_map": shown}))["heatmap"])
+    (size, plain), (_, drawn) = (
+        drawing_of(task_of(store, item.model_copy(update={"heat_map": shown}))["heatmap"])
         for shown in ([[0] * 3] * 3, MAP)
     )
-    assert plain.shape == drawn.shape == (side_px, side_px, 3)
-    changed = np.abs(drawn - plain).sum(axis=2)
-    third = side_px // 3
+    side_px = LabelingSettings().image_side_px
+    assert size == {"width": str(side_px), "height": str(side_px)}
+    changed = np.abs(pixels_of(drawn) - pixels_of(plain)).sum(axis=2)
+    assert changed.shape == (72, 72), "the centre of an image of 96x72, which the browser enlarges"
+    third = 72 // 3
     assert changed[third:-third, third:-third].mean() > 4 * changed[: third // 2, : third // 2].mean() + 10
 
 
 def test_an_item_of_an_older_release_shows_its_drawn_map(store: Store) -> None:
     old = write_item(store, make_image(2), make_image(3, "PNG"), 1.0)
-    assert task_of(store, old)["heatmap"].startswith("data:image/jpeg")
+    size, drawn = drawing_of(task_of(store, old)["heatmap"])
+    assert size == {"width": "512", "height": "384"}
+    assert pixels_of(drawn).shape == (72, 96, 3)
 
 
 def test_a_blind_task_draws_none(store: Store, item: ReviewItem) -> None:

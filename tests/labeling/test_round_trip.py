@@ -1,20 +1,24 @@
 """Push, annotate, edit, delete and pull against a real Label Studio: the ledger equals it afterwards."""
 
+import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import pytest
 
+from labeling.batches import item_key
 from labeling.client import LabelStudioClient
 from labeling.consensus import resolve
 from labeling.project import Project, open_project
 from labeling.pull import pull
-from labeling.push import adopt, item_key, push
+from labeling.push import adopt, push
 from labeling.settings import LabelingSettings
 from labeling.simulated_annotator import EMAIL, annotate
 from labeling.tasks import CANT_TELL, OTHER, annotation_result
+from records.errors import LabelStudioError
 from records.store import Store
 from records.types import Annotation, AnnotationKind, ReviewItem, ReviewState
 
@@ -179,6 +183,42 @@ def test_a_push_killed_after_its_import_duplicates_nothing(
     client.import_tasks(project.id, orphans)
     assert adopt(store, client, project) == (0, 2)
     assert client.state(project.id).total == 6
+
+
+def test_of_imports_that_were_in_flight_together_the_one_that_was_not_recorded_is_found(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems, monkeypatch: Any
+) -> None:
+    add_items(9)
+    small = settings.model_copy(update={"push_batch": 3, "imports_at_once": 2})
+    whole, first_id = client.import_tasks, _items(store)[0].id
+    first_arrived = threading.Event()
+
+    def lose_the_first(project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
+        is_first = tasks[0]["meta"]["relook_item"] == first_id
+        assert is_first or first_arrived.wait(300)
+        found = whole(project_id, tasks)
+        if not is_first:
+            return found
+        first_arrived.set()
+        # Its response is lost after the second batch was recorded, whose tasks have larger ids.
+        while not any(item.task_id for item in _items(store)):
+            time.sleep(0.02)
+        raise LabelStudioError("the response is lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "import_tasks", lose_the_first)
+        with pytest.raises(LabelStudioError, match="lost"):
+            push(store, client, small)
+    recorded = [item.task_id for item in _items(store)]
+    assert recorded[:3] == [None] * 3
+    assert None not in recorded[3:6]
+    report = push(store, client, small)
+    assert report.adopted >= 3
+    assert report.adopted + report.pushed == len([one for one in recorded if one is None])
+    items = _items(store)
+    assert max(item.task_id or 0 for item in items[:3]) < min(item.task_id or 0 for item in items[3:6])
+    assert client.state(report.project_id or 0).total == 9
+    assert (pull(store, client, small).doubled, push(store, client, small).pushed) == (0, 0)
 
 
 def test_second_tasks_of_an_item_are_removed_and_no_annotation_with_them(

@@ -28,6 +28,7 @@ from records.errors import ImageError
 from records.ids import utc_now
 from records.taxonomy import DiagnosisClass, Taxonomy, load_taxonomy
 from records.types import AnnotationKind, Decision, Image, Prediction, ReasonCode, ReviewItem
+from tests.labeling.conftest import drawing_of
 
 HAM = load_taxonomy("ham10000")
 SETTINGS = LabelingSettings()
@@ -151,7 +152,9 @@ def test_a_task_has_key_and_score_and_no_preselected_choice() -> None:
     assert document["predictions"] == [{"result": [], "score": -7.5, "model_version": PRIORITY_VERSION}]
     assert document["meta"] == {"relook_item": "item", "relook_key": "item[relook:x]"}
     assert _opened(document["data"]["image"]).size == (512, 384)
-    assert _opened(document["data"]["heatmap"]).size == (512, 512), "a folded panel shows an image at its own size"
+    size, drawn = drawing_of(document["data"]["heatmap"])
+    assert size == {"width": "512", "height": "512"}, "a folded panel shows an image at its own size"
+    assert _opened(drawn).size == (64, 64)
     assert "secret" not in str(document)
     assert "ISIC" not in str(document)
 

@@ -14,6 +14,7 @@ from records.erasure import erase_images
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import Confirmation, Consent, Cursor, DatasetChange, Group, Image, ResolvedLabel, SourceLabel
+from tests.records.marks import MARKED, marks_after_changes
 from tests.records.plans import scanned, sent
 
 Add = Callable[..., None]
@@ -188,3 +189,7 @@ def test_an_altered_parent_is_not_built_upon(store: Store, add_labelled: Add) ->
     datasets.pq.write_table(whole.slice(1), store.home.datasets / parent.id / MANIFEST)
     add_labelled(store, ["new"], "mel")
     assert build_version(store, round_number=1, parent_id=parent.id).version.num_images == 31
+
+
+def test_an_item_is_marked_by_whatever_changes_what_its_task_shows(store: Store, sample: Callable[..., Any]) -> None:
+    assert marks_after_changes(store, sample) == MARKED

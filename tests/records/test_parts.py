@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from records.errors import LabelStudioError, LabelStudioRefusedError, UnavailableError
-from records.parts import ahead, attempt, each_in_parts, in_parts
+from records.errors import LabelStudioError, LabelStudioRefusedError, RefusedError, UnavailableError
+from records.lease import hold
+from records.parts import ahead, attempt, each_in_parts, in_flight, in_parts
+from records.store import Store
+from records.types import Cursor, Lease
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -88,3 +91,72 @@ def test_the_next_member_is_made_while_one_is_processed_and_an_error_comes_in_it
         next(coming)
     assert made == [0, 1, 2]
     assert list(ahead(iter(()))) == []
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_so_many_are_in_flight_and_results_come_in_order(most: int) -> None:
+    started, ended, together = threading.Semaphore(0), threading.Event(), 0
+    under_way = 0
+    lock = threading.Lock()
+
+    def act(number: int) -> int:
+        nonlocal under_way, together
+        with lock:
+            under_way += 1
+            together = max(together, under_way)
+        started.release()
+        assert ended.wait(300)
+        with lock:
+            under_way -= 1
+        return 10 * number
+
+    def members() -> Iterator[int]:
+        for number in range(6):
+            if number == most:  # the calls before it are under way, and none has ended
+                for _ in range(most):
+                    assert started.acquire(timeout=300)
+                ended.set()
+            yield number
+
+    assert list(in_flight(members(), act, most)) == [(number, 10 * number) for number in range(6)]
+    assert together == most
+
+
+def test_an_error_in_flight_comes_in_its_place_after_the_others_ended() -> None:
+    ended: list[int] = []
+
+    def act(number: int) -> int:
+        if number == 1:
+            raise ValueError("the second")
+        ended.append(number)
+        return number
+
+    coming = in_flight(range(5), act, 2)
+    assert next(coming) == (0, 0)
+    with pytest.raises(ValueError, match="the second"):
+        next(coming)
+    assert ended == [0, 2]
+    assert list(in_flight([], act, 2)) == []
+
+
+def test_threads_write_under_the_leases_of_their_caller(store: Store) -> None:
+    def write(name: object) -> str:
+        with store.ledger.begin() as tx:
+            tx.add(Cursor(name=str(name), position={}))
+        return str(name)
+
+    def lose_it() -> None:
+        with hold(store.ledger, "sync"):
+            assert list(ahead(map(write, "ab"))) == ["a", "b"]
+            assert list(in_flight("cd", write, 2)) == [("c", "c"), ("d", "d")]
+            with store.ledger.begin() as tx:
+                tx.update(Lease, "sync", holder="another", fence=99)
+            with pytest.raises(RefusedError, match="took the sync lease"):
+                list(ahead(map(write, "e")))
+            with pytest.raises(RefusedError, match="took the sync lease"):
+                list(in_flight("f", write, 2))
+
+    with pytest.raises(RefusedError, match="took the sync lease"):
+        lose_it()
+    with store.ledger.read() as tx:
+        assert [cursor.name for cursor in tx.find(Cursor, order_by=("name",)) if len(cursor.name) == 1] == list("abcd")

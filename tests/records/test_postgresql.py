@@ -22,6 +22,7 @@ from records.ledger.tables import LEDGER_TYPES, SCHEMA_FLOOR, TABLES
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, Consent, Cursor, Group, Image, Lease, Prediction, SourceLabel
+from tests.records.marks import MARKED, marks_after_changes
 from tests.records.plans import full_scans
 
 _LABELS, _IMAGES, _GROUPS = (TABLES[t] for t in (SourceLabel, Image, Group))
@@ -202,3 +203,7 @@ def test_blobs_in_object_storage() -> None:
     assert not blobs.has(ids[0])
     with pytest.raises(UnavailableError, match="cannot be written"):
         open_blobs(f"s3://no-such-bucket-{uuid.uuid4().hex[:8]}/blobs?{query}")
+
+
+def test_an_item_is_marked_by_whatever_changes_what_its_task_shows(pg_store: Store, sample: Callable[..., Any]) -> None:
+    assert marks_after_changes(pg_store, sample) == MARKED

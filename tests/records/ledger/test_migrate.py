@@ -15,10 +15,10 @@ from records.errors import ConfigError
 from records.ids import utc_now
 from records.ledger import Ledger, migrate, open_ledger
 from records.ledger.migrate import alembic_config, schema_versions, upgrade
-from records.ledger.tables import METADATA, SCHEMA_FLOOR
+from records.ledger.tables import CONSENSUS, METADATA, SCHEMA_FLOOR
 from records.types import Consent, Cursor, Image
 
-EVERYTHING: Any = [METADATA, SCHEMA_FLOOR.metadata]
+EVERYTHING: Any = [METADATA, SCHEMA_FLOOR.metadata, CONSENSUS.metadata]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_migrations_make_exactly_the_tables_of_the_record_types(ledger: Ledger) 
     with ledger.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), EVERYTHING) == []
         names = set(sa.inspect(connection).get_table_names())
-    assert names == {*METADATA.tables, SCHEMA_FLOOR.name, "alembic_version"}
+    assert names == {*METADATA.tables, SCHEMA_FLOOR.name, CONSENSUS.name, "alembic_version"}
 
 
 def test_the_version_of_this_program_is_the_newest_migration() -> None:
