@@ -159,7 +159,7 @@ def test_every_tab_from_upload_to_annotation(
         tx.update(ModelRecord, candidate.id, status=ModelStatus.CANDIDATE)
     page.get_by_role("tab", name="Rounds").click()
     page.wait_for_selector("#rl-rounds .rl-plot")
-    assert "round 4: 230 labels, 64 %" in (page.locator("#rl-rounds .rl-plot").get_attribute("alt") or "")
+    assert "round 4: 230 labels, 64 %" in (page.locator("#rl-rounds .rl-plot").first.get_attribute("alt") or "")
     assert "+1.2 points (+0.4 to +2.0)" in page.inner_text("#rl-label-value")
     _image(page, folder / f"page_rounds{WIDTHS[width_px]}.png", width_px)
 
