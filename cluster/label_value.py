@@ -28,7 +28,7 @@ from labeling.learning_curve import (
 from records.arrays import FloatArray, IntArray
 from records.bundles import Bundle
 from records.datasets import DatasetVersion, read_manifest
-from records.errors import DataError
+from records.errors import DataError, RefusedError
 from records.ids import new_id, utc_now
 from records.store import Store
 from records.types import DatasetRecord, LabelValueRecord, Split
@@ -137,7 +137,12 @@ def value_of_labels(
         The figures.
     Raises:
         DataError: there are too few labels on train, or none on val.
+        RefusedError: the model was trained on val.
     """
+    if Split.VAL.value in bundle.document.trained_on:
+        first = bundle.document.metrics["training"].get("first_fit")
+        other = f"--model {first[:12]} is the one of its first training" if first else "name one that was not"
+        raise RefusedError(f"model {bundle.id[:12]} was trained on val, which measures what labels bought; {other}")
     model, codes = load_model(bundle), store.taxonomy.codes
     say(f"features of {len(version.split(Split.TRAIN))} training images and {len(version.split(Split.VAL))} of val")
     kept, features = described(store, model, version.rows[version.rows["split"].isin([Split.TRAIN, Split.VAL])])

@@ -25,7 +25,7 @@ from records.home import Home
 from records.ids import utc_now
 from records.models import find_bundle
 from records.store import Store, find_images
-from records.types import DatasetRecord, RoundRecord, RoundStep, Split
+from records.types import DatasetRecord, RoundRecord, RoundStep
 from trainers.settings import flat_values
 
 RECORDED_PACKAGES = (
@@ -187,7 +187,7 @@ def _data(store: Store, bundle: Bundle) -> dict[str, Any]:
         if tx.get(DatasetRecord, dataset_id) is None:
             return {"dataset_id": dataset_id, "here": False}
     dataset = load_dataset(store, dataset_id)
-    train = dataset.split(Split.TRAIN)
+    train = dataset.rows[dataset.rows["split"].isin(bundle.document.trained_on)]
     images = find_images(store, [str(image_id) for image_id in train["image_id"]])
     return {
         "dataset_id": dataset_id,

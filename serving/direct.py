@@ -297,7 +297,7 @@ class Model:
 
     @property
     def report(self) -> Path:
-        """The page with its figures on the val split; written by `train`."""
+        """The page with its figures on val, or on calibration if it was trained on val; written by `train`."""
         return self.bundle.path / "report" / "report.html"
 
     @property
@@ -307,7 +307,7 @@ class Model:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Figures of the training and on val; val chose the epoch, so `evaluate` on test measures the model."""
+        """Figures of the training, and of a split that chose something, so `evaluate` on test measures the model."""
         return self.bundle.document.metrics
 
     def predict(

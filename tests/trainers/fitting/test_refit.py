@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from cluster import round_steps
 from cluster.gate.run import run_gate
+from cluster.label_value import value_of_labels
+from cluster.round_steps import RoundContext
 from cluster.settings import Settings
 from records.bundles import Bundle, write_bundle
 from records.datasets import DatasetVersion, build_version
 from records.errors import DataError, RefusedError
+from records.ids import utc_now
 from records.models import find_bundle, register
 from records.store import Store
-from records.types import Split
+from records.types import RoundRecord, Split
 from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.words import warnings_of
 from trainers.fitting.combine import combine
@@ -147,6 +151,19 @@ def test_the_gate_compares_on_what_no_model_has_seen(
         gate(cheat)
 
 
+def test_a_round_refits_by_the_setting(
+    filled_store: Store, dataset: DatasetVersion, refitted: tuple[Bundle, Path], tmp_path: Path
+) -> None:
+    record = RoundRecord(id="r" * 26, number=7, started_at=utc_now(), seed=0, settings_hash="0" * 64)
+    earlier = {"version": {"dataset_id": dataset.id}, "tune": {"settings": SETTINGS.model_dump(mode="json")}}
+    context = RoundContext(filled_store, Settings(), record, tmp_path, earlier)
+    result = round_steps.fit(context)
+    assert result["model_id"] == refitted[0].id
+    assert result["validation_balanced_accuracy"] == refitted[0].document.measured[1]["balanced_accuracy"]
+    context.results["fit"] = result
+    assert round_steps.evaluate(context)["test"]["trained_on"] == 0
+
+
 def test_an_ensemble_with_a_refitted_member_is_calibrated_without_val(
     filled_store: Store, dataset: DatasetVersion, refitted: tuple[Bundle, Path], first: Bundle
 ) -> None:
@@ -159,6 +176,13 @@ def test_an_ensemble_with_a_refitted_member_is_calibrated_without_val(
     predictions = predict_split(filled_store, bundle, dataset, Split.VAL, actor="test")
     assert predictions.seen is not None
     assert predictions.seen.all()
+
+
+def test_the_value_of_labels_is_measured_with_the_first_model(
+    filled_store: Store, dataset: DatasetVersion, refitted: tuple[Bundle, Path], first: Bundle
+) -> None:
+    with pytest.raises(RefusedError, match=f"--model {first.id[:12]} is the one of its first training"):
+        value_of_labels(filled_store, refitted[0], dataset)
 
 
 def test_val_cannot_judge_what_comes_of_a_refitted_model(
