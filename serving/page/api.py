@@ -8,11 +8,10 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import gradio as gr
-
 from records.errors import RelookError, UnavailableError
 from records.taxonomy import Taxonomy
 from serving.client import Client
+from serving.page.toolkit import gr
 from serving.schemas import CallerInfo, ModelDetails
 
 _RETRY_S = 10.0

@@ -6,14 +6,13 @@ In: predictions and events of the API, which decides whose predictions the visit
 from collections import defaultdict
 from typing import Any
 
-import gradio as gr
-
 from records.errors import RefusedError, RelookError
 from serving.client import Client
 from serving.page.api import PageApi
 from serving.page.heat_map import heat_map_html
 from serving.page.prediction_view import event_text, prediction_html, review_html, state_text
 from serving.page.render import problem_html, render
+from serving.page.toolkit import gr
 from serving.schemas import Event, PredictionResponse
 from serving.words import DECISION_TITLES
 

@@ -7,8 +7,6 @@ import os
 from functools import partial
 from typing import Any
 
-import gradio as gr
-
 from records.errors import AccessError, RelookError
 from records.store import Store
 from records.types import Scope
@@ -21,6 +19,7 @@ from serving.page.predict import PredictHandlers, predict_tab
 from serving.page.prediction_view import header_html
 from serving.page.render import render
 from serving.page.rounds import RoundHandlers, rounds_tab
+from serving.page.toolkit import gr
 from serving.page.uploads import PageFiles
 from serving.settings import ServingSettings
 from serving.tls import trust_of

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gradio as gr
-
 from records.errors import RelookError, UnknownIdError
 from records.models import SERVED
 from records.types import RolloutStage
@@ -16,6 +14,7 @@ from serving.client import Client
 from serving.page.api import PageApi
 from serving.page.prediction_view import coverage_text
 from serving.page.render import problem_html, render, share
+from serving.page.toolkit import gr
 from serving.schemas import ModelDetails, ModelInfo, RolloutInfo, RolloutRequest
 from serving.words import RULE_WORDS
 

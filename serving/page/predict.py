@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 from pydantic import ValidationError
 
 from records.errors import DataError, ImageError, RefusedError, RelookError
@@ -22,6 +21,7 @@ from serving.page.examples import title_of
 from serving.page.heat_map import draw_layers, heat_map_html
 from serving.page.prediction_view import cases_html, flag_html, prediction_html, review_html
 from serving.page.render import problem_html, render
+from serving.page.toolkit import gr
 from serving.schemas import Context, Explanation, FlagRequest
 from serving.settings import ServingSettings
 from serving.words import FLAG_WORDS

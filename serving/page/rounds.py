@@ -5,7 +5,6 @@ In: rounds and value of labels, of the API. Out: HTML with an inline SVG.
 
 from collections.abc import Sequence
 
-import gradio as gr
 from matplotlib.ticker import MaxNLocator
 
 from records.errors import RelookError, UnknownIdError
@@ -14,6 +13,7 @@ from serving.label_value import LabelValueInfo
 from serving.page.api import PageApi
 from serving.page.label_value import value_html
 from serving.page.render import problem_html, render
+from serving.page.toolkit import gr
 from serving.schemas import RoundInfo
 from vision.metrics.svg import ACCENT, PALE, figure_uri, new_figure
 

@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import gradio as gr
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
@@ -13,6 +12,7 @@ from records.store import Store
 from serving.access.keys import KeyRing
 from serving.page.access import PageAccess
 from serving.page.layout import build_page, page_theme
+from serving.page.toolkit import gr
 from serving.page.uploads import PageFiles
 from serving.settings import ServingSettings
 

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from gradio.queueing import Queue
 
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from serving.collector import freeze_what_stays
 from serving.page.layout import QUEUE_POLL_S, build_page
+from serving.page.toolkit import gr
 from serving.page.uploads import PageFiles
 from serving.settings import ServingSettings
 
@@ -20,8 +20,9 @@ from serving.settings import ServingSettings
 def test_an_idle_page_looks_for_events_a_few_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, settings = open_store(RecordsSettings(home=tmp_path / "home")), ServingSettings()
     looks: list[float] = []
-    waiting = Queue.__len__
-    monkeypatch.setattr(Queue, "__len__", lambda self: looks.append(time.monotonic()) or waiting(self))
+    queue = gr.queueing.Queue
+    waiting = queue.__len__
+    monkeypatch.setattr(queue, "__len__", lambda self: looks.append(time.monotonic()) or waiting(self))
 
     async def idle() -> float:
         # Gradio opens event loops of its own where none runs.
