@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
+import typer
+import typer.main
+import typer.testing
 from _pytest.nodeid import NodeId
 from httpx._transports import default as httpx_transports
 
@@ -109,11 +112,15 @@ def _quick_starts(migrated: Path) -> Iterator[None]:
       them as users do.
     - Nobody waits for a disk: what outlives a power cut is tested in processes of their own.
     - Clients of HTTP share the certificates of the authorities, whose reading takes longer than a request here.
+    - Verbs that run in this process share the command with all its options, which takes 55 ms to build.
     """
+    command = _built_once(typer.main.get_command)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "upgrade", _copying(migrated, ledger.upgrade))
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(httpx_transports, "create_ssl_context", _remembering(httpx_transports.create_ssl_context))
+        patch.setattr(typer.main, "get_command", command)
+        patch.setattr(typer.testing, "_get_command", command)
         yield
 
 
@@ -131,6 +138,18 @@ def _copying(migrated: Path, upgrade: Callable[[sa.Engine], None]) -> Callable[[
         copy.unlink()
 
     return copy_or_upgrade
+
+
+def _built_once(build: Callable[[typer.Typer], Any]) -> Callable[[typer.Typer], Any]:
+    made: dict[tuple[typer.Typer, int], Any] = {}
+
+    def command(app: typer.Typer) -> Any:
+        key = app, len(app.registered_commands)  # a test may add a verb of its own
+        if key not in made:
+            made[key] = build(app)
+        return made[key]
+
+    return command
 
 
 def _remembering(create: Callable[..., Any]) -> Callable[..., Any]:

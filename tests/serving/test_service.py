@@ -88,7 +88,7 @@ def test_interleaved_calls_get_the_predictions_of_one_at_a_time_and_are_stored_o
     url: str, served_store: Store, make_image: Callable[..., bytes]
 ) -> None:
     # bench/drills/interleaved.py is the long form.
-    calls = draw_calls(seed=3, num_calls=90, num_images=8, codes=served_store.taxonomy.codes)
+    calls = draw_calls(seed=3, num_calls=45, num_images=8, codes=served_store.taxonomy.codes)
     with Client(url) as client:
         predictions = [client.predict(make_image(number)).id for number in range(8)]
         exactly = client.model().precision == "bf16"
@@ -98,7 +98,7 @@ def test_interleaved_calls_get_the_predictions_of_one_at_a_time_and_are_stored_o
     assert len({repr(said.body) for said in alone}) > len(calls) / 4
     with served_store.ledger.read() as tx:
         for tag, said in (("alone", alone), ("together", together)):
-            assert stored_once(tx, calls, said, tag) == {"predictions": 30, "flags": 30}
+            assert stored_once(tx, calls, said, tag) == {"predictions": 15, "flags": 15}
 
 
 def test_the_page_is_on_the_same_port_and_names_no_foreign_host(url: str) -> None:
