@@ -168,7 +168,7 @@ def _summary_tables(bundle: "Bundle") -> RenderableType:
         table.add_row(
             f"{split} {key['name']}", f"sensitivity {key['sensitivity']:.3f}, specificity {key['specificity']:.3f}"
         )
-    table.add_row(f"{split} calibration error", f"{own['ece']:.3f}")
+    table.add_row(f"calibration error on {split}", f"{own['ece']:.3f}")
     table.add_row("report", str(bundle.path / REPORT / "report.html"))
     return Stack(
         table,
