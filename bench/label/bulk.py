@@ -36,6 +36,7 @@ _TASKS_EACH = 3
 _PAGE_SIZE = 500
 _FIELDS = "id,meta,updated_at,annotations,result,completed_by,was_cancelled,lead_time"
 _PREDICTED = "bench"
+_TIMEOUT_S = 600.0
 
 
 def measure(
@@ -62,7 +63,10 @@ def measure(
         IntegrityError: the two clients did not read the same annotations.
     """
     settings = settings.model_copy(update={"blind_share": 0.0})
-    with _Recording(server.url, server.token) as client, LabelStudioClient(server.url, server.token) as bare:
+    with (
+        _Recording(server.url, server.token, timeout_s=_TIMEOUT_S) as client,
+        LabelStudioClient(server.url, server.token, timeout_s=_TIMEOUT_S) as bare,
+    ):
         add_review_items(store, annotators * _TASKS_EACH, seed=TURNS)
         push(store, client, settings)
         with store.ledger.read() as tx:
@@ -170,13 +174,102 @@ def add_review_items(store: Store, count: int, seed: int) -> None:
 class _Recording(LabelStudioClient):
     """A client that keeps the batches that it imported."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.sent: list[Sequence[Mapping[str, Any]]] = []
 
     def import_tasks(self, project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
         self.sent.append(tasks)
         return super().import_tasks(project_id, tasks)
+
+
+@dataclass(frozen=True)
+class _Took:
+    """Wall time, and processor time of this process and of Label Studio together, seconds."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def __add__(self, other: "_Took") -> "_Took":
+        return _Took(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Times work by the wall clock and by the processor, which other load on the machine disturbs less."""
+
+    server: psutil.Process
+
+    def timed(self, work: Callable[[], Any]) -> tuple[_Took, Any]:
+        """Do the work; return what it took, and its result."""
+        began, cpu_s = time.perf_counter(), self._cpu_s()
+        result = work()
+        return _Took(time.perf_counter() - began, self._cpu_s() - cpu_s), result
+
+    def _cpu_s(self) -> float:
+        used = self.server.cpu_times()
+        return time.process_time() + float(used.user + used.system)
+
+
+def _push_in_turns(
+    store: Store,
+    client: _Recording,
+    bare: LabelStudioClient,
+    settings: LabelingSettings,
+    items: int,
+    clock: _Clock,
+) -> tuple[_Took, _Took]:
+    """Return what the push and the bare client took for all tasks."""
+    project = {"title": "bare", "label_config": label_config(store.taxonomy)}
+    bare_project = int(bare.request("POST", "api/projects/", "make a project", body=project)["id"])
+    pushed = bare_pushed = _Took()
+    for turn in range(TURNS):
+        add_review_items(store, items // TURNS + (turn < items % TURNS), seed=turn)
+        client.sent.clear()
+        pushed += clock.timed(lambda: push(store, client, settings))[0]
+        bare_pushed += clock.timed(lambda: _send_bare(bare, bare_project, client.sent, settings.imports_at_once))[0]
+    return pushed, bare_pushed
+
+
+def _send_bare(
+    bare: LabelStudioClient, project_id: int, batches: Sequence[Sequence[Mapping[str, Any]]], at_once: int
+) -> None:
+    def send(batch: Sequence[Mapping[str, Any]]) -> None:
+        bare.request("POST", f"api/projects/{project_id}/import", "import", body=list(batch), repeat=False)
+
+    list(in_flight(batches, send, at_once))
+
+
+def _read_bare(bare: LabelStudioClient, project_id: int) -> int:
+    """Read all annotations of a project page by page, with the fields that a pull reads; return their number."""
+    wanted = {"project": project_id, "fields": "all", "page_size": _PAGE_SIZE, "include": _FIELDS}
+    found, page = 0, 1
+    while True:
+        listed = bare.request("GET", "api/tasks/", "read", params={**wanted, "page": page})
+        found += sum(len(task["annotations"]) for task in listed["tasks"])
+        if page * _PAGE_SIZE >= listed["total"]:
+            return found
+        page += 1
+
+
+def _annotate_all(store: Store, client: LabelStudioClient, project_id: int, left_out: Collection[int]) -> None:
+    """Annotate every task once: as predictions, which Label Studio then turns into annotations, many at a time."""
+    with store.ledger.read() as tx:
+        items = tx.find(ReviewItem, where={"project_id": project_id}, order_by=("id",))
+    tasks = [item.task_id for item in items if item.task_id not in left_out]
+    codes = store.taxonomy.codes
+    wanted = [
+        {"task": task, "result": annotation_result(codes[number % len(codes)]), "model_version": _PREDICTED}
+        for number, task in enumerate(tasks)
+    ]
+    # In one request: after each, Label Studio counts anew what every task of the project has.
+    client.request("POST", f"api/projects/{project_id}/import/predictions", "predict", body=wanted, repeat=False)
+    for start in range(0, len(tasks), _PAGE_SIZE):
+        some = {"all": False, "included": tasks[start : start + _PAGE_SIZE]}
+        client.request(
+            "POST", "api/dm/actions/", "annotate", params={"id": "predictions_to_annotations", "project": project_id},
+            body={"selectedItems": some, "model_version": _PREDICTED}, repeat=False,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
