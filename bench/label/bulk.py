@@ -67,10 +67,7 @@ def measure(
         _Recording(server.url, server.token, timeout_s=_TIMEOUT_S) as client,
         LabelStudioClient(server.url, server.token, timeout_s=_TIMEOUT_S) as bare,
     ):
-        add_review_items(store, annotators * _TASKS_EACH, seed=TURNS)
-        push(store, client, settings)
-        with store.ledger.read() as tx:
-            theirs = [item.task_id or 0 for item in tx.find(ReviewItem)]
+        theirs = _push_for_annotators(store, client, settings, annotators)
         clock, began = _Clock(psutil.Process(server.pid)), time.perf_counter()
         with arriving(server, annotators, theirs, store.taxonomy.codes[0]) as took_s:
             advance(f"pushing {items} tasks")
@@ -102,6 +99,16 @@ def measure(
         "duplicated": exact["doubled"],
         "load": os.getloadavg(),
     }
+
+
+def _push_for_annotators(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, annotators: int
+) -> list[int]:
+    """Push tasks that annotators annotate during the measurement; return their ids."""
+    add_review_items(store, annotators * _TASKS_EACH, seed=TURNS)
+    push(store, client, settings)
+    with store.ledger.read() as tx:
+        return [item.task_id or 0 for item in tx.find(ReviewItem)]
 
 
 def _compared(name: str, took: "_Took", number: int, bare: "_Took", bare_number: int) -> dict[str, float]:
