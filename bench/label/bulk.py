@@ -83,10 +83,7 @@ def measure(
             pulled, report = clock.timed(lambda: pull(store, client, settings))
             after, second = clock.timed(lambda: _read_bare(bare, number))
         took_s += later_s
-        if not items <= first <= report.new_labels <= second <= items + len(took_s):
-            raise IntegrityError(
-                f"{items} and {len(took_s)} annotations were made and {first}, {report.new_labels}, {second} were read"
-            )
+        _require_all(items, [first, report.new_labels, second], len(took_s))
         while not pull(store, client, settings).idle:
             advance("pulling what arrived last")
         exact = counted(store, client)
@@ -101,6 +98,12 @@ def measure(
         "duplicated": exact["doubled"],
         "load": os.getloadavg(),
     }
+
+
+def _require_all(items: int, read: Sequence[int], arrived: int) -> None:
+    """Refuse readings that miss an annotation, or that do not grow as those of the annotators arrive."""
+    if [items, *read, items + arrived] != sorted([items, *read, items + arrived]):
+        raise IntegrityError(f"{items} annotations and {arrived} more were made, and {list(read)} were read")
 
 
 def _push_for_annotators(
