@@ -2,8 +2,9 @@
 # Call every operation of the HTTP API of a running service with curl; stop at the first unexpected status.
 #   [WEBHOOK_SECRET="$(cat .relook/keys/webhook-secret)"] \
 #   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh IMAGE [CANDIDATE_MODEL]
-# KEY needs the scope admin. At the end the script erases the image that it sent. With CANDIDATE_MODEL, that model's full
-# id, it rolls the model out, promotes it and undoes that: the model serves for a moment and is refused afterwards.
+# KEY needs the scope admin, and `relook labels value` must have run once. At the end the script erases the image that it
+# sent. With CANDIDATE_MODEL, that model's full id, it rolls the model out, promotes it and undoes that: the model serves
+# for a moment and is refused afterwards.
 set -euo pipefail
 IMAGE=$1 CANDIDATE=${2:-}
 URL=${URL:-http://127.0.0.1:8000}
@@ -29,7 +30,7 @@ call 200 GET  /v1/models
 call 200 GET  "/v1/models/$model"
 if [ "$(field has_report)" = true ]; then call 200 GET "/v1/models/$model/report"; fi
 call 200 GET  /v1/rounds
-call 404 GET  /v1/labels/value
+call 200 GET  /v1/labels/value
 call 200 GET  /v1/caller
 call 200 GET  /metrics
 call 200 GET  /docs

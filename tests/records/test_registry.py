@@ -10,12 +10,12 @@ from trainers.cli.catalog import REGISTRIES, catalogue
 from trainers.settings import TrainersSettings
 
 COUNTS = {
-    "models": 12,
+    "models": 14,
     "optimizers": 4,
     "schedulers": 4,
     "augmentations": 8,
     "operations": 15,
-    "losses": 4,
+    "losses": 5,
     "samplers": 3,
     "strategies": 4,
     "explanations": 4,

@@ -16,8 +16,8 @@ from records.types.base import field_type
 ALL_TYPES = (*LEDGER_TYPES, ManifestRow)
 
 
-def test_there_are_twenty_three_record_types() -> None:
-    assert len(ALL_TYPES) == 23
+def test_there_are_twenty_four_record_types() -> None:
+    assert len(ALL_TYPES) == 24
 
 
 @pytest.mark.parametrize("record_type", ALL_TYPES, ids=lambda t: t.__name__)

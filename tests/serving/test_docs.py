@@ -19,6 +19,7 @@ from records.store import open_store
 from records.types import Incident, ModelStatus
 from serving.access.keys import admin_token
 from serving.settings import ServingSettings
+from tests.serving.label_values import measured_labels
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "serve_api.sh"
 
@@ -33,7 +34,7 @@ def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, make_
     with store.ledger.begin() as tx:
         register(tx, candidate, status=ModelStatus.CANDIDATE)
         named = {"prediction_id": new_id(), "image_id": "0" * 64, "model_id": champion.id, "truth": "mel"}
-        tx.add(Incident(id=new_id(), created_at=utc_now(), actor="test", **named))
+        tx.add(Incident(id=new_id(), created_at=utc_now(), actor="test", **named), measured_labels())
     incident_report(store, audit_share=0.02)
     file = tmp_path / "lesion.jpg"
     file.write_bytes(make_image(1))

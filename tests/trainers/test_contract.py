@@ -22,7 +22,7 @@ SETTING_OF = {
     "augmentations": "augmentation",
 }
 COUNTS = {
-    "models": 12, "optimizers": 4, "schedulers": 4, "losses": 4, "samplers": 3, "augmentations": 8, "operations": 15,
+    "models": 14, "optimizers": 4, "schedulers": 4, "losses": 5, "samplers": 3, "augmentations": 8, "operations": 15,
 }  # fmt: skip
 OTHERS = [(kind, name) for kind in COUNTS if kind != "models" for name in REGISTRIES[kind]]
 CASES = [

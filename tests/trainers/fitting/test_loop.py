@@ -222,7 +222,7 @@ CHOICES = [*OTHERS, *(pytest.param(*choice, marks=pytest.mark.soak) for choice i
 
 
 def test_the_suite_below_runs_every_choice() -> None:
-    assert len(REGISTERED) == 4 + 4 + 4 + 3 + 4
+    assert len(REGISTERED) == 4 + 4 + 4 + 3 + 5
 
 
 @pytest.mark.parametrize(("name", "value"), CHOICES)

@@ -15,7 +15,7 @@ from vision.inference.attribution import attribute
 from vision.inference.loaded import load_model
 from vision.networks import MODELS
 
-NUM_MODELS, NUM_METHODS = 12, 4
+NUM_MODELS, NUM_METHODS = 14, 4
 FORMATS = ("fp32", "bf16")
 
 
