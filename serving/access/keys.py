@@ -4,11 +4,12 @@ In: a store and a token. Out: a `Caller`. A token is `rlk_<id>_<secret>`. Its se
 be guessed and a plain SHA-256 of the token is as safe as a slow password hash. This module does not use HTTP.
 """
 
+import asyncio
 import hmac
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -26,6 +27,8 @@ ADMIN_ID = "admin"
 """Id of the bearer of the home's own administrator key."""
 CACHE_S = 1.0
 """Maximum age of the cached keys, seconds; a revoked key may still work for this long."""
+REREAD_S = 0.1
+"""Least time between two readings of the keys for tokens that the copy does not have, seconds."""
 
 _SEES_ALL = frozenset({Scope.REVIEW, Scope.AUDIT, Scope.ADMIN})
 
@@ -58,6 +61,8 @@ class Caller:
 
 LOCAL = Caller("local", LOCAL_ORGANISATION, frozenset(Scope) - {Scope.ADMIN, Scope.APPROVE})
 """The caller of every request while no key was ever made, on this machine only."""
+ADMIN = Caller(ADMIN_ID, LOCAL_ORGANISATION, frozenset(Scope))
+"""The bearer of the home's own administrator key."""
 
 
 def create_key(
@@ -136,7 +141,11 @@ def admin_token(home: Home) -> str:
 
 
 class KeyRing:
-    """Looks callers up by their tokens, in a copy of all keys that is at most a second old. Thread-safe."""
+    """Looks callers up by their tokens, in a copy of all keys that is at most a second old. Thread-safe.
+
+    `find` calls no token unknown before the ledger was read after the token arrived. So a new key works at once in
+    every process that serves, while strangers cause at most one reading per `REREAD_S`, which all of them share.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -145,6 +154,7 @@ class KeyRing:
         self._read_at = utc_now()
         self._admin_hash = sha256_hex(admin_token(store.home).encode())
         self._reading = threading.Lock()
+        self._rereading: asyncio.Task[None] | None = None
 
     @property
     def is_fresh(self) -> bool:
@@ -156,8 +166,8 @@ class KeyRing:
         """Whether a key was ever made, as of the last reading of the ledger."""
         return bool(self._keys)
 
-    def caller(self, authorization: str | None) -> Caller:
-        """Return the caller of a request.
+    async def find(self, authorization: str | None) -> Caller:
+        """Return the caller of a request, as `caller` does, but accept a key that is newer than the copy of the keys.
 
         Args:
             authorization: the request's header, or None.
@@ -167,33 +177,74 @@ class KeyRing:
             AccessError: no key, or one that is unknown, expired or revoked.
             UnavailableError: the ledger cannot be reached.
         """
-        kind, _, token = (authorization or "").partition(" ")
-        token_hash = sha256_hex(token.strip().encode())
-        # In constant time: response times must not reveal how much of a guessed hash is right. Before the ledger is
-        # read, so that an administrator is recognised while it cannot be.
-        if kind.lower() == "bearer" and hmac.compare_digest(token_hash, self._admin_hash):
-            return Caller(ADMIN_ID, LOCAL_ORGANISATION, frozenset(Scope))
-        keys = self._current()
-        if authorization is None:
+        arrived_s = time.monotonic()
+        token = _bearer(authorization)
+        # Before the ledger is read, so that an administrator is recognised while it cannot be.
+        if self._is_admin(token):
+            return ADMIN
+        # A thread costs more than the cached lookup, but reading the ledger would block the event loop.
+        keys = self._keys if self.is_fresh else await asyncio.to_thread(self._current)
+        if token.startswith(f"{PREFIX}_") and sha256_hex(token.encode()) not in keys:
+            # Twice at most: a reading that was under way when the token arrived may have begun before the key was made.
+            while self._read_at_s < arrived_s:
+                if self._rereading is None or self._rereading.done():
+                    self._rereading = asyncio.create_task(self._reread())
+                await asyncio.shield(self._rereading)
+            keys = self._keys
+        return self._bearer_among(keys, token, is_anonymous=authorization is None)
+
+    def caller(self, authorization: str | None) -> Caller:
+        """Return the caller of a request, as of a copy of the keys that is at most `CACHE_S` old.
+
+        Args:
+            authorization: the request's header, or None.
+        Returns:
+            The caller; `LOCAL` if there is no header and no key was ever made.
+        Raises:
+            AccessError: no key, or one that is unknown, expired or revoked.
+            UnavailableError: the ledger cannot be reached.
+        """
+        token = _bearer(authorization)
+        if self._is_admin(token):
+            return ADMIN
+        return self._bearer_among(self._current(), token, is_anonymous=authorization is None)
+
+    def _is_admin(self, token: str) -> bool:
+        # In constant time: response times must not reveal how much of a guessed hash is right.
+        return hmac.compare_digest(sha256_hex(token.encode()), self._admin_hash)
+
+    def _bearer_among(self, keys: Mapping[str, ApiKey], token: str, *, is_anonymous: bool) -> Caller:
+        if is_anonymous:
             # `keys` includes revoked ones: once a key was made, no request without a key is accepted again.
             if keys:
                 raise AccessError("this service needs a key: send `Authorization: Bearer rlk_...`", "unauthenticated")
             return LOCAL
-        found = keys.get(token_hash) if kind.lower() == "bearer" else None
+        found = keys.get(sha256_hex(token.encode()))
         if found is None or not is_valid(found, self._read_at):
             raise AccessError("this key is unknown, expired or revoked", "unauthenticated")
         return Caller(found.id, found.organisation, frozenset(found.scopes), found.sandbox, found.default_consent)
 
-    def _current(self) -> dict[str, ApiKey]:
+    async def _reread(self) -> None:
+        await asyncio.sleep(max(0.0, self._read_at_s + REREAD_S - time.monotonic()))
+        await asyncio.to_thread(self._current, 0.0)
+
+    def _current(self, max_age_s: float = CACHE_S) -> dict[str, ApiKey]:
         with self._reading:
             # Under the lock, so that one thread reads the ledger when the copy expires and the others wait for it.
-            if not self.is_fresh:
+            began_s = time.monotonic()
+            if began_s - self._read_at_s > max_age_s:
                 with self._store.ledger.read() as tx:
                     self._keys = {key.secret_hash: key for key in tx.find(ApiKey)}
                     # The database's clock: a key expires at the same time on all machines.
                     self._read_at = tx.now()
-                self._read_at_s = time.monotonic()
+                self._read_at_s = began_s
             return self._keys
+
+
+def _bearer(authorization: str | None) -> str:
+    """Return the token of an Authorization header, "" where it has none."""
+    kind, _, token = (authorization or "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else ""
 
 
 def is_valid(key: ApiKey, now: datetime) -> bool:

@@ -242,7 +242,7 @@ class PageAccess:
 
     async def _caller(self, request: Request) -> Caller:
         key = key_of_session(request.headers)
-        return await run_in_threadpool(self._keys.caller, None if key is None else f"Bearer {key}")
+        return await self._keys.find(None if key is None else f"Bearer {key}")
 
     async def _join(self, request: Request) -> ASGIApp:
         """Pass an event on that names no file and no host but the page's own, with the visitor's key beside it."""

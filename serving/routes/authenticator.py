@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.routing import Match
@@ -104,12 +103,7 @@ class Authenticator:
 
     async def caller(self, scope: HttpScope) -> Caller:
         """Return the caller of a request by its Authorization header; AccessError if it has no valid key."""
-        authorization = Headers(scope=scope).get("authorization")
-        # A thread costs more than the cached lookup, but reading the ledger would block the event loop.
-        if self._keys.is_fresh:
-            caller = self._keys.caller(authorization)
-        else:
-            caller = await run_in_threadpool(self._keys.caller, authorization)
+        caller = await self._keys.find(Headers(scope=scope).get("authorization"))
         # Behind a reverse proxy on this machine, everybody's requests come from loopback.
         if caller is LOCAL and (self._settings.is_proxied or scope["state"].get("proxied", False)):
             raise AccessError(

@@ -1,10 +1,11 @@
 """Keys, scopes, visibility, erasure and rate limits over real HTTP."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from records.ids import utc_now
 from records.retention import apply_retention
 from records.store import Store
 from records.types import ApiKey, Image, Prediction, ReviewItem, ReviewState, Scope
-from serving.access.keys import admin_token, create_key, revoke_key
+from serving.access.keys import CACHE_S, REREAD_S, KeyRing, admin_token, create_key, revoke_key
 from serving.access.limits import RateLimit
 from serving.client import Client
 from serving.preconditions import require_startable
@@ -104,6 +105,52 @@ def test_a_sandbox_key_leaves_nothing_behind(kept: Store, client_of: Callable[[s
         assert tx.get(Image, prediction.image_id) is None
         assert tx.find(ReviewItem, where={"image_id": prediction.image_id}) == []
     assert not kept.blobs.has(prediction.image_id)
+
+
+def test_a_new_key_works_at_once_beside_strangers(
+    kept: Store, keyed: Any, tools: Any, client_of: Callable[[str], Client]
+) -> None:
+    for number in range(5):
+        # Refused by a copy of the keys that was read just now, and does not have the key that follows.
+        with pytest.raises(AccessError, match="unknown, expired or revoked"):
+            client_of(f"rlk_{number}_wrong").predictions()
+        client_of(tools.make_key(kept, f"new{number}", Scope.PREDICT)).predictions()
+
+
+class CountedLedger:
+    """Counts the readings of a ledger."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.readings = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.readings += name == "read"
+        return getattr(self._ledger, name)
+
+
+def test_strangers_share_few_readings_of_the_ledger(kept: Store, tools: Any) -> None:
+    ledger = CountedLedger(kept.ledger)
+    ring = KeyRing(replace(kept, ledger=cast(Any, ledger)))
+
+    async def refused(token: str) -> None:
+        with pytest.raises(AccessError, match="unknown, expired or revoked"):
+            await ring.find(f"Bearer {token}")
+
+    async def strangers() -> None:
+        for wave in range(3):
+            await asyncio.gather(*(refused(f"rlk_{wave}_{number}") for number in range(200)))
+        assert 1 <= ledger.readings <= 2 + (time.monotonic() - began_s) / REREAD_S
+        # What does not look like a key is refused by the copy.
+        keyed = ledger.readings
+        await asyncio.gather(*(refused(f"abc{number}") for number in range(200)))
+        assert ledger.readings <= keyed + 1 + (time.monotonic() - began_s) / CACHE_S
+        assert (await ring.find(f"Bearer {admin_token(kept.home)}")).id == "admin"
+        token = await asyncio.to_thread(tools.make_key, kept, "late", Scope.PREDICT)
+        assert (await ring.find(f"Bearer {token}")).scopes == {Scope.PREDICT}
+
+    began_s = time.monotonic()
+    asyncio.run(strangers())
 
 
 def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, make_image: Any) -> None:
