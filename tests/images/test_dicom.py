@@ -18,6 +18,7 @@ from pydicom.pixels import apply_voi_lut
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 from images.decode import CostlyError, decode_if_cheap, decode_square
+from images.decoder_dicom import decode_dicom
 from images.dicom import read_dicom
 from images.importer import ImportReport, import_folder, open_dataset
 from images.settings import VARIABLE, ImagesSettings
@@ -29,6 +30,9 @@ from records.taxonomy import Taxonomy
 from records.types import Image, Quarantined
 from tests.dicoms import dataset_of, dicom, disk, file_of, item, jpeg_of, shipped, with_jpeg
 
+# A decoder process ignores the warnings of pydicom, too.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = disk((60, 40, 30), 1)
 WIDE = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
@@ -37,8 +41,10 @@ COLOURS = {"amber": (230, 160, 40), "green": (60, 160, 70), "plum": (130, 60, 13
 
 
 def shown(data: bytes) -> NDArray[np.int64]:
-    """Return the pixels of a DICOM file: [H, W], or [H, W, 3]."""
-    return np.asarray(PillowImage.open(io.BytesIO(read_dicom(data).png))).astype(np.int64)
+    """Return the pixels of a DICOM file: [H, W], or [H, W, 3]. Decoded here; a few tests below use the process."""
+    pixels, _ = decode_dicom(data, ImagesSettings())
+    is_grey = bool((pixels[..., :1] == pixels).all())
+    return (pixels[..., 0] if is_grey else pixels).astype(np.int64)
 
 
 # ---------------------------------------------------------------- pixels
@@ -136,11 +142,14 @@ def test_what_is_decoded_from_a_file_is_what_is_decoded_from_its_png() -> None:
 # ---------------------------------------------------------------- refusals
 
 
+TIGHT = ImagesSettings(max_megapixels=1, decoder_memory_mb=64, decoder_time_s=60, max_scans=20)
+"""Limits that small files exceed."""
+
+
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits that small files exceed."""
-    limits = ImagesSettings(max_megapixels=1, decoder_memory_mb=64, decoder_time_s=60, max_scans=20)
-    monkeypatch.setenv(VARIABLE, limits.model_dump_json())
+    """Let decoder processes have the limits `TIGHT`."""
+    monkeypatch.setenv(VARIABLE, TIGHT.model_dump_json())
 
 
 def deflated(inside: bytes) -> bytes:
@@ -187,13 +196,15 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "tags that do not end": (
         lambda: deflated(b"\x00" * 40_000_000), "too_costly", "inflates to more than 16 MB",
     ),
-    "tags without number": (
-        lambda: file_of(dataset_of(GREY))[:340] + b"\x11\x00\x10\x00LO\x00\x00" * 3_000_000, "too_costly",
-        "processor time|memory|was killed",
-    ),
     "a JPEG of another size": (lambda: with_jpeg(COLOUR, jpeg_of(LARGE)), "damaged", "do not agree how large"),
     "a JPEG 2000 of another size": (
         lambda: _encapsulated(COLOUR, _jpeg_2000(LARGE), JPEG2000Lossless), "damaged", "do not agree how large",
+    ),
+    "a JPEG 2000 that is cut off": (
+        lambda: _encapsulated(COLOUR, _jpeg_2000(COLOUR)[:900], JPEG2000Lossless), "damaged", "cannot be decoded",
+    ),
+    "a large colour profile": (
+        lambda: dicom(COLOUR, ICCProfile=bytes(5_000_000)), "too_costly", "profile is larger than the 4096 kB",
     ),
     "a JPEG of many scans": (
         lambda: with_jpeg(COLOUR, _with_scans(jpeg_of(COLOUR), 30)), "too_costly", "scans and 20 are allowed",
@@ -222,12 +233,33 @@ def _with_scans(jpeg: bytes, count: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_file_that_cannot_be_used_is_refused_with_a_sentence(name: str, tight: None) -> None:
+def test_a_file_that_cannot_be_used_is_refused_with_a_sentence(name: str) -> None:
     make, code, words = REFUSED[name]
     with pytest.raises(ImageError, match=words) as raised:
-        read_dicom(make())
+        decode_dicom(make(), TIGHT)
     assert code in ("", raised.value.code)
     assert "\n" not in str(raised.value)
+
+
+def test_a_decoder_process_passes_on_why_it_refuses_a_file(tight: None) -> None:
+    for name in ("too many pixels", "text in its pixels", "a JPEG of many scans"):
+        make, code, words = REFUSED[name]
+        with pytest.raises(ImageError, match=words) as raised:
+            read_dicom(make())
+        assert raised.value.code == code
+
+
+def test_tags_without_number_end_the_decoder_process_alone(tight: None) -> None:
+    endless = file_of(dataset_of(GREY))[:340] + b"\x11\x00\x10\x00LO\x00\x00" * 3_000_000
+    with pytest.raises(ImageError, match="processor time|memory|was killed") as raised:
+        read_dicom(endless)
+    assert raised.value.code == "too_costly"
+
+
+def test_more_values_than_are_allowed_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"takes 1 million values and 0.5 million are allowed") as raised:
+        decode_dicom(dicom(np.zeros((600, 600, 3), np.uint8)), ImagesSettings(max_megasamples=0.5))
+    assert raised.value.code == "too_costly"
 
 
 def test_no_error_quotes_a_tag(tight: None) -> None:
@@ -428,7 +460,7 @@ def test_names_that_quote_the_patient_are_hashed_part_by_part(store: Store, tmp_
 
 def test_what_is_read_of_the_tags() -> None:
     def tags(**values: Any) -> dict[str, Any]:
-        return read_dicom(dicom(GREY, **values)).tags.model_dump()
+        return decode_dicom(dicom(GREY, **values), ImagesSettings())[1]
 
     ages = {
         "045Y": 45,
