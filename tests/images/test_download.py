@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from images import download as module
 from images.download import HAM10000, RemoteFile, download, files_of
@@ -97,6 +99,15 @@ def test_files_are_fetched_checked_and_laid_out(mirror: Mirror, tmp_path: Path) 
     mirror.asked.clear()
     again = download(described(mirror), tmp_path / "out", mirror.url)
     assert (again.fetched, len(again.present), mirror.asked) == ([], 2, [])
+
+
+def test_bars_show_the_download_and_the_unpacking(mirror: Mirror, tmp_path: Path) -> None:
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        download(described(mirror), tmp_path, mirror.url, progress=progress)
+    bars = {task.description: (task.completed, task.total) for task in progress.tasks}
+    assert bars["Unpacking HAM10000_images_part_1.zip"] == (12, 12)
+    assert len(bars) == 3
+    assert all(done == total for done, total in bars.values())
 
 
 def test_a_broken_connection_is_taken_up_where_it_stopped(mirror: Mirror, tmp_path: Path) -> None:

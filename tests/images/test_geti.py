@@ -113,6 +113,27 @@ def test_images_for_tests_stay_in_the_test_split_and_damage_is_said(tmp_path: Pa
         read_source(tmp_path / "p")
 
 
+def test_a_project_that_lacks_collections_and_has_empty_lines_is_read(tmp_path: Path) -> None:
+    found_ones = documents()
+    found_ones["label_schema"][0]["label_tree"]["edges"].append("of another form")
+    for name in ("image", "label", "label_schema", "annotation_scene"):
+        text = "\n\n".join(json.dumps(one) for one in found_ones[name])
+        write(tmp_path / "p", f"documents/{name}.jsonl", text)
+    put(tmp_path / "p", *(f"binaries/images/x/{image_id(number)}.jpg" for number in range(1, 8)))
+    source = read_source(tmp_path / "p")
+    assert found(source) == ["mel", "nv", "label_conflict", None, None, "mel", "mel"]
+    assert {row.split for row in source.rows} == {None}, "which images are for tests stood in what is missing"
+
+
+def test_a_collection_of_gigabytes_is_not_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive(tmp_path / "7c1d.zip")
+    monkeypatch.setattr("images.layouts.geti._MAX_BYTES", 10)
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    with pytest.raises(DataError, match="has more than 1 GB, more than is read at once; export a part"):
+        import_folder(store, tmp_path / "7c1d.zip")
+    store.close()
+
+
 def test_the_folder_of_the_sdk_is_read(tmp_path: Path) -> None:
     labels = [
         {"id": one, "name": name, "is_empty": name == "No object",

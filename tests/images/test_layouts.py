@@ -323,3 +323,51 @@ def test_columns_of_probabilities_are_not_taken_for_marks(tmp_path: Path, table:
     (tmp_path / "scores.csv").write_text(table)
     with pytest.raises(DataError, match="has no column"):
         read_source(tmp_path)
+
+
+def test_parquet_files_with_plain_bytes_lists_of_classes_and_one_name_twice(tmp_path: Path) -> None:
+    said = [["mel", None], ["mel", "nv"], None]
+    pq.write_table(pa.table({"image": [photo(1), photo(2), photo(3)], "label": said}), tmp_path / "a.parquet")
+    paths = [{"bytes": photo(seed), "path": "same.jpg"} for seed in (4, 5)]
+    pq.write_table(pa.table({"image": paths, "label": ["nv", "mel"]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"name": ["x"], "score": [0.5]}), tmp_path / "figures.parquet")
+    source = read_source(tmp_path)
+    assert found(source) == ["mel", "label_conflict", None, "nv", "mel"]
+    assert [row.source_id for row in source.rows][3:] == ["b.parquet/same.jpg", "b.parquet/same.jpg#2"]
+    assert [row.path.read_bytes() for row in source.rows if row.path] == [photo(seed) for seed in (1, 3, 4, 5)]
+    assert "has the classes mel and nv, and an image has one here" in str(source.rows[1].problem)
+
+
+def test_shards_with_texts_that_say_no_class(tmp_path: Path) -> None:
+    large = b'"' + b"x" * 2**20 + b'"'
+    tar(tmp_path / "shard.tar", ("a.jpg", photo(1)), ("a.json", b'["mel"]'), ("b.jpg", photo(2)), ("b.json", large),
+        ("c.jpg", photo(3)), ("c.cls", b"\xff\xfe"), ("d.cls", b"nv"), ("e.jpg", photo(4)), ("e.jpg", photo(5)))  # fmt: skip
+    with tarfile.open(tmp_path / "shard.tar", "a") as archive:
+        for kind in (tarfile.DIRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo(f"f{int(kind)}.jpg")
+            info.type = kind
+            archive.addfile(info)
+    tar(tmp_path / "notes.tar", *[(f"{number}.txt", b"a note") for number in range(300)])
+    tar(tmp_path / "few.tar", ("one.txt", b"a note"))
+    source = read_source(tmp_path)
+    reasons = {row.source_id: row.problem for row in source.rows}
+    assert {name: reason for name, reason in reasons.items() if reason is None} == {
+        f"shard.tar/{name}": None for name in ("a.jpg", "e.jpg", "e.jpg#2")
+    }
+    assert found(source)[0] is None, "a list says no class"
+    assert "b.json has more than 1 MB" in str(reasons["shard.tar/b.jpg"])
+    assert "c.cls is not UTF-8 text" in str(reasons["shard.tar/c.jpg"])
+    assert "it is not a regular file" in str(reasons["shard.tar/f6.jpg"])
+
+
+def test_tar_files_without_images_are_no_shards(tmp_path: Path) -> None:
+    tar(tmp_path / "notes.tar", *[(f"{number}.txt", b"a note") for number in range(300)])
+    tar(tmp_path / "few.tar", ("one.txt", b"a note"))
+    with pytest.raises(DataError, match="is not in the layout 'webdataset'"):
+        read_source(tmp_path, layout="webdataset")
+
+
+def test_a_known_table_takes_only_columns_that_there_are(tmp_path: Path) -> None:
+    fitzpatrick(tmp_path)
+    with pytest.raises(DataError, match="--columns does not take 'colour'; it takes image, dx"):
+        read_source(tmp_path, {"colour": "three_partition_label"})

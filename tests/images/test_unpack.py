@@ -1,5 +1,6 @@
 """Archives of any layout are imported as the folder is; what must not be unpacked is listed, and nothing stays."""
 
+import errno
 import io
 import os
 import stat
@@ -15,7 +16,7 @@ from PIL import Image as PillowImage
 from images import unpack
 from images.importer import import_folder, open_dataset
 from images.taxonomy_proposal import propose_taxonomy
-from records.errors import DataError
+from records.errors import DataError, UnavailableError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 
@@ -175,6 +176,39 @@ def test_too_many_members_and_a_header_of_gigabytes_are_refused(store, tmp_path,
     (tmp_path / "pax.tar").write_bytes(header.tobuf() + bytes(1024))
     with pytest.raises(DataError, match="no archive that can be read"):
         import_folder(store, tmp_path / "pax.tar")
+
+
+def test_folders_in_a_tar_and_encrypted_members_of_a_zip(store: Store, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as archive:
+        folder = tarfile.TarInfo("imgs")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        archive.addfile(folder)
+        for name, data in TABLE_FOLDER.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    report = import_folder(store, tmp_path / "photos.tar.gz")
+    assert (report.images, report.unlisted) == (6, [])
+    path = zipped(tmp_path / "photos.zip", TABLE_FOLDER | {"imgs/secret.jpg": photo(9)})
+    data = bytearray(path.read_bytes())
+    # The bit that says so, in the directory at the end of the archive.
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    report = import_folder(store, path)
+    assert report.images == 6
+    assert report.unlisted == ["photos.zip/imgs/secret.jpg: it is encrypted; unpack the archive with its password"]
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar"])
+def test_a_full_disk_ends_the_import(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = MAKERS[name](tmp_path / name, TABLE_FOLDER)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(unpack._Writer, "_require", full)
+    with pytest.raises(UnavailableError, match=rf"{name} cannot be unpacked \(No space left on device\)"):
+        import_folder(store, path)
 
 
 @pytest.mark.parametrize("cut", [60, 0.5, 0.95])

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from records.errors import ImageError
 from records.images import FORMATS, image_size, sniff, strip_metadata
+from tests import hostile_images as made
 
 SECRET = b"Erika Mustermann"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -161,6 +162,7 @@ def test_broken_exif_does_not_make_a_broken_image(kind: str) -> None:
         (b"", "empty"),
         (b"just a text", "not_an_image"),
         (b"GIF89a" + bytes(50), "not_an_image"),
+        (b"BMP is a word of a text as well", "not_an_image"),
         (b"\xff\xd8\xff", "damaged"),
         (b"\xff\xd8\xff\xe0\x00\x00", "damaged"),
         (b"\xff\xd8\xff\xd9", "damaged"),
@@ -199,6 +201,46 @@ def test_an_image_without_area_is_damaged() -> None:
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     with pytest.raises(ImageError, match="no pixels"):
         image_size(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        IMAGES["jpeg"]().partition(b"\xff\xda")[0] + b"\xff\xd9",
+        made.PNG_HEAD + made.chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)) + made.chunk(b"IEND", b""),
+        made.webp(made.webp_canvas(8, 8)),
+        made.webp(made.webp_canvas(8, 8, 2), made.webp_frame(0, 0, 8, 8, made.riff_chunk(b"JUNK", b""))),
+    ],
+    ids=["JPEG", "PNG", "WebP", "frame of a WebP"],
+)
+def test_a_whole_file_without_pixels_is_damaged(data: bytes) -> None:
+    with pytest.raises(ImageError, match="holds no pixels") as caught:
+        strip_metadata(data)
+    assert caught.value.code == "damaged"
+
+
+def test_a_jpeg_that_begins_its_scan_before_its_header_has_no_size() -> None:
+    with pytest.raises(ImageError, match="does not say how large it is"):
+        image_size(b"\xff\xd8" + made.segment(0xDA, bytes(6)) + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt"])
+def test_a_png_is_turned_as_its_exif_text_says(name: bytes) -> None:
+    said = b"\nexif\n 26\n" + b"49492a0008000000010012010300010000000600" + b"0000"
+    body = b"Raw profile type exif\x00" + (said if name == b"tEXt" else b"\x00" + zlib.compress(said))
+    stripped = strip_metadata(made.png_of(made.pattern(), made.chunk(name, body)))
+    assert _decoded(stripped)[2] == 6
+
+
+def test_a_frame_of_a_webp_may_have_as_many_chunks_as_are_allowed() -> None:
+    for junk in (15, 16):
+        still = made.riff_chunk(b"JUNK", b"") * junk + made.webp_still(8, 8)
+        data = made.webp(made.webp_canvas(8, 8, 2), made.webp_frame(0, 0, 8, 8, still))
+        if junk == 15:
+            assert len(strip_metadata(data)) < len(data)
+        else:
+            with pytest.raises(ImageError, match="more than 16 chunks"):
+                strip_metadata(data)
 
 
 def test_formats_are_the_three_that_sniff_returns() -> None:
