@@ -132,8 +132,6 @@ def _plain_mode(image: PillowImage.Image) -> PillowImage.Image:
     if image.mode.startswith("I;16"):
         # Pillow's own conversion to 8 bits clips at 255, so 16-bit images would come out white.
         return PillowImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        return PillowImage.fromarray((np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         return _on_white(image)
     if image.mode in ("L", "RGB", "CMYK"):

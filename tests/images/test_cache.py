@@ -16,7 +16,7 @@ from images.importer import import_folder
 from images.parallel import chunks_of
 from images.synth import synthesize
 from records.errors import ContractError, DataError, IntegrityError, UnavailableError, UnknownIdError
-from records.ids import sha256_hex
+from records.ids import sha256_hex, utc_now
 from records.store import Store, find_images, read_image
 from records.types import Image
 
@@ -196,6 +196,16 @@ def test_errors_name_the_image(store: Store, copied: Path) -> None:
         cache.rows([gone.id])
     with pytest.raises(ContractError, match="takes uint8"):
         cache.append(fake_ids(2), fake_rows(2, 8))
+
+
+def test_an_image_that_was_erased_is_not_decoded(store: Store, imported: list[str]) -> None:
+    cache = PixelCache(store.home.cache, 20)
+    with store.ledger.begin() as tx:
+        tx.update(Image, imported[0], erased_at=utc_now())
+    with pytest.raises(DataError, match=f"image {imported[0][:12]} was erased; load the dataset again"):
+        cache.ensure(store, imported)
+    cache.append([], fake_rows(0, 20))
+    assert len(cache) == 0
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -341,7 +341,8 @@ def test_parquet_files_with_plain_bytes_lists_of_classes_and_one_name_twice(tmp_
 def test_shards_with_texts_that_say_no_class(tmp_path: Path) -> None:
     large = b'"' + b"x" * 2**20 + b'"'
     tar(tmp_path / "shard.tar", ("a.jpg", photo(1)), ("a.json", b'["mel"]'), ("b.jpg", photo(2)), ("b.json", large),
-        ("c.jpg", photo(3)), ("c.cls", b"\xff\xfe"), ("d.cls", b"nv"), ("e.jpg", photo(4)), ("e.jpg", photo(5)))  # fmt: skip
+        ("c.jpg", photo(3)), ("c.cls", b"\xff\xfe"), ("d.cls", b"nv"),
+        ("e.jpg", photo(4)), ("e.jpg", photo(5)))  # fmt: skip
     with tarfile.open(tmp_path / "shard.tar", "a") as archive:
         for kind in (tarfile.DIRTYPE, tarfile.FIFOTYPE):
             info = tarfile.TarInfo(f"f{int(kind)}.jpg")

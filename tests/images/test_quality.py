@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from images.appearance import appearance
+from images.appearance import MEASURES, appearance
 from images.quality import MANY_DEVIATIONS, quality_outliers
 
 RANDOM = np.random.default_rng(0)
@@ -34,6 +34,15 @@ def test_deviations_by_hand() -> None:
     (outlier,) = quality_outliers(measured, list("abcde"))
     assert (outlier.image, outlier.what, outlier.median) == ("e", "bright", 100.0)
     assert outlier.deviations == round(50 / 1.4826, 2)
+
+
+def test_a_measure_whose_upper_end_is_no_fault_is_no_outlier() -> None:
+    measured = np.zeros((5, 10))
+    contrast = MEASURES.index("log_lightness_deviation")
+    measured[:, contrast] = [98, 99, 100, 101, 150]
+    assert quality_outliers(measured, list("abcde")) == [], "rich in contrast"
+    measured[4, contrast] = 50
+    assert [outlier.what for outlier in quality_outliers(measured, list("abcde"))] == ["flat"]
 
 
 def test_images_that_are_all_alike_have_no_outlier() -> None:

@@ -134,6 +134,7 @@ def test_byte_order_mark_and_tabs(tmp_path: Path) -> None:
         ("image_id,dx,split\na,nv,holdout\n", ["a.jpg"], {}, "the split 'holdout'; it must be one of train, val"),
         ("", ["a.jpg"], {}, "is not a CSV table"),
         ('image_id,dx\na,nv\n"b', ["a.jpg"], {}, "is not a CSV table"),
+        ("image_id,dx,dx\na,nv,mel\n", ["a.jpg"], {}, "has two columns 'dx'; remove one of them"),
     ],
 )
 def test_faults_are_one_sentence(
@@ -158,3 +159,16 @@ def test_faults_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"image_id,dx\n\x81\x8d,nv\n")
     with pytest.raises(DataError, match="is not a CSV table"):
         read_source(tmp_path, table=Path("a.csv"))
+    (tmp_path / "a.csv").write_bytes("image_id,dx\na,nv\n".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match="is not a CSV table: it is not whole UTF-16"):
+        read_source(tmp_path, table=Path("a.csv"))
+
+
+def test_rows_marked_as_two_classes_and_empty_lines(tmp_path: Path) -> None:
+    make(tmp_path / "hot", "image_id,plum,amber\na,1.0,1.0\nb,0.0,1.0\n", "a.jpg", "b.jpg")
+    first, second = read_source(tmp_path / "hot").rows
+    assert (first.code, second.label) == ("label_conflict", "amber")
+    assert "is marked as plum and amber" in str(first.problem)
+    lines = '{"image_id": "a", "dx": "nv"}\n\n{"image_id": "b", "dx": null}\n'
+    make(tmp_path / "lines", lines, "a.jpg", "b.jpg", name="t.jsonl")
+    assert [row.label for row in read_source(tmp_path / "lines").rows] == ["nv", None]
