@@ -75,7 +75,7 @@ def find_affected(store: Store, case: Prediction, truth: str, seen: Seen) -> tup
         found.append((other, criteria))
     _add_neighbours(store, seen, found, images)
     affected = [Affected(other, tuple(c for c in Criterion if c in criteria)) for other, criteria in found]
-    chosen = [one for one in affected if _agrees(one.criteria, has_features=seen.reach is not None)]
+    chosen = [one for one in affected if _agrees(one.criteria)]
     chosen.sort(key=lambda one: (-len(one.criteria), _score_distance(case, one.prediction, truth), one.prediction.id))
     return chosen, len(newest), total
 
@@ -86,7 +86,7 @@ def was_handled(prediction: Prediction, truth: str) -> bool:
     return prediction.label == truth or (prediction.decision is not Decision.ANSWERED and bool(referred))
 
 
-def _agrees(criteria: Sequence[Criterion], *, has_features: bool) -> bool:
+def _agrees(criteria: Sequence[Criterion]) -> bool:
     if Criterion.IMAGE in criteria:
         return True
     about_the_image = {Criterion.PLACE, Criterion.NEIGHBOURHOOD} & set(criteria)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import typer
 
 from cluster.cli import app, run
+from cluster.replay import Replay
 from cluster.round import RoundEvent
 from cluster.verbs import show_round
 from records.command import JsonCall, verb
@@ -91,6 +93,11 @@ def test_the_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.strip() == f"relook {version('relook')}"
 
 
+def without_ray(settings: object) -> AbstractContextManager[None]:
+    """Start no Ray: what the verb does with it is not run."""
+    return nullcontext()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -107,6 +114,13 @@ def test_the_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) 
         (["taxonomy", "check", "nowhere.yaml"], 2, "no taxonomy 'nowhere.yaml'"),
         (["data", "import", "nowhere"], 2, "nowhere"),
         (["promote", "0123456789abcdef"], 2, "0123456789abcdef"),
+        (["promote", "m", "--force", "--provisional"], 2, "--force and --provisional exclude each other; give one"),
+        (["round", "--resume", "--watch"], 2, "--resume, --watch, --dry-run and --replay exclude one another"),
+        (["round", "--resume"], 2, "no round is unfinished; start one with `relook round`"),
+        (["predict", "m", ".", "--out", "t.csv", "--explain", "lime"], 2, "--explain is 'lime'; it must be gradcam"),
+        (["rollout"], 2, "no rollout is in progress; `relook rollout MODEL` starts one"),
+        (["tune", "--run", "search-1"], 2, "--run names the search to resume; give it with --resume"),
+        (["data", "audit", "--out", "page.pdf"], 2, "--out page.pdf is no HTML page; give a name that ends in .html"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(
@@ -118,6 +132,7 @@ def test_bad_input_is_one_sentence_and_exit_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RELOOK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("cluster.cli._start_ray", without_ray)
     monkeypatch.chdir(tmp_path)
     assert run(arguments) == code
     captured = capsys.readouterr()
@@ -206,6 +221,54 @@ def test_status_of_nothing_and_of_a_home(
     assert (found["images"], found["models"], found["serving"], found["last_round"]) == (0, {}, None, None)
 
 
+def test_the_plan_of_a_round_is_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELOOK_HOME", str(tmp_path))
+    assert run(["round", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for said in ("round", "collect and version: 0 new labels over 0 images", "not known yet"):
+        assert said in printed
+    assert run(["round", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["round"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "sentence"),
+    [
+        ({}, 0, "round 3 came out the same\n"),
+        ({"same_model": False}, 0, "round 3 came out the same within its tolerance\n"),
+        ({"within_tolerance": False}, 1, "round 3 came out differently: {'accuracy': 0.25}\n"),
+        (
+            {"within_tolerance": False, "other_packages": {"torch": ["1", "2"], "numpy": ["1", "3"]}}, 1,
+            "round 3 came out differently: {'accuracy': 0.25}; packages differ: torch, numpy\n",
+        ),
+    ],
+)  # fmt: skip
+def test_a_replay_says_whether_the_round_came_out_the_same(
+    changes: dict[str, object], code: int, sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fields = {"round": 3, "same_model": True, "model_id": "m", "precision": "fp32", "differences": {"accuracy": 0.25},
+              "within_tolerance": True, "other_packages": {}}  # fmt: skip
+    monkeypatch.setattr("cluster.replay.replay_round", lambda store, number: Replay.model_validate(fields | changes))
+    monkeypatch.setattr("cluster.cli._start_ray", without_ray)
+    monkeypatch.setenv("RELOOK_HOME", str(tmp_path))
+    assert run(["round", "--replay", "3"]) == code
+    captured = capsys.readouterr()
+    assert (captured.err if code else captured.out).endswith(sentence)
+
+
+def test_a_watcher_says_how_many_rounds_it_ran(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.schedule.watch", lambda store, settings, **options: 2)
+    monkeypatch.setattr("cluster.cli._start_ray", without_ray)
+    monkeypatch.setenv("RELOOK_HOME", str(tmp_path))
+    assert run(["round", "--watch"]) == 0
+    assert capsys.readouterr().out == "2 rounds ran here\n"
+
+
 def test_ctrl_c_is_exit_130_with_a_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster.cli", "data", "synth", str(tmp_path / "images"), "--lesions", "5000"]
     process = subprocess.Popen(
@@ -239,6 +302,7 @@ def test_a_round_shows_each_step_as_it_begins_reports_and_ends(
         show(RoundEvent(3, "fit", "started", "fit begins"))
         show(RoundEvent(3, "fit", "progress", "step", "epoch 2, step 7/9"))
         show(RoundEvent(3, "fit", "progress", "epoch", epoch))
+        show(RoundEvent(3, "fit", "progress", "something that is not shown", {"of": "another kind"}))
         show(RoundEvent(3, "fit", "done", "model abc is fitted"))
         show(RoundEvent(3, "gate", "started", "gate begins"))
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]

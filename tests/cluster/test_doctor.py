@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -170,6 +171,50 @@ def test_blobs_that_cannot_be_written(tmp_path: Path) -> None:
     check = _look(settings, "blobs")
     assert check.state == "fail"
     assert check.fix == f"make {folder} writable"
+
+
+def test_little_disk_and_little_memory_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = _settings(tmp_path)
+    for name, fix in (("disk", "free some, or RELOOK_HOME=/a/larger/disk"), ("memory", "close other programs")):
+        assert _look(settings, name).state == "ok"
+        monkeypatch.setattr(f"cluster.doctor.{name.upper()}_WARN_BYTES", 2**62)
+        check = _look(settings, name)
+        assert (check.state, check.fix) == ("warn", fix)
+        monkeypatch.setattr(f"cluster.doctor.{name.upper()}_FAIL_BYTES", 2**62)
+        assert _look(settings, name).state == "fail"
+    monkeypatch.setattr("cluster.doctor.os.access", lambda path, mode: False)
+    check = _look(settings, "disk")
+    assert (check.state, check.detail) == ("fail", f"{tmp_path} cannot be written")
+
+
+def test_gpus_of_the_service_are_compared_with_what_there_is(tmp_path: Path) -> None:
+    replica = ("serving.predictor_gpus=0.5",)
+    elsewhere = _settings(tmp_path, *replica, f"cluster.ray_address=127.0.0.1:{free_port()}")
+    counted = _look(elsewhere, "GPUs of the service")
+    assert counted.state == "ok"
+    assert counted.detail.endswith("; Ray counts what there is")
+    assert _look(_settings(tmp_path, *replica, "cluster.num_gpus=0"), "GPUs of the service").state == "fail"
+
+
+def test_a_port_of_a_process_that_may_not_be_seen_is_taken_all_the_same(
+    tmp_path: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.doctor.psutil.net_connections", lambda kind: [])
+    port = _look(_settings(tmp_path, f"serving.port={taken_port}"), "port")
+    assert (port.state, port.detail) == ("fail", f"{taken_port} is taken by another program")
+
+
+def test_a_cluster_that_responds_and_shared_memory_that_is_too_small(
+    tmp_path: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = _look(_settings(tmp_path, f"cluster.ray_address=127.0.0.1:{taken_port}"), "Ray")
+    assert cluster.state == "ok"
+    assert cluster.detail.endswith(f"cluster at 127.0.0.1:{taken_port}")
+    assert _look(_settings(tmp_path, "cluster.ray_address=auto"), "Ray").state == "ok"
+    monkeypatch.setattr("cluster.doctor.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    small = _look(_settings(tmp_path), "Ray")
+    assert small.state == "warn"
+    assert "objects go to disk" in small.detail
 
 
 def test_ray_without_authentication_or_that_does_not_respond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Drift: false alarms are as rare as stated, changes are found, and the service then samples that source more."""
 
+import json
 import math
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster.cli import run
 from cluster.drift import LEASE, accept_drift, check_drift, drift_html
 from records.errors import RefusedError, UnavailableError, UnknownIdError
 from records.ids import new_id, utc_now
@@ -162,6 +165,34 @@ def test_a_source_that_changed_is_named_and_others_are_not(watched: Any, tmp_pat
     assert [one.alarm for one in check_drift(store, settings).sources] == [None, None]
     with pytest.raises(UnknownIdError, match="`relook drift` lists them"):
         accept_drift(store, "nobody", actor="test")
+
+
+def test_the_command_names_the_source_writes_a_page_and_begins_anew(
+    watched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, bundle = watched
+    chance = np.random.default_rng(7)
+    monkeypatch.setenv("RELOOK_HOME", str(store.home.root))
+    predictions(store, bundle.id, chance.normal(0.5, 0.1, 150), device="lamp")
+    assert run(["drift"]) == 0
+    assert "local · lamp" in capsys.readouterr().out
+    predictions(store, bundle.id, chance.normal(0.9, 0.1, 150), device="lamp")
+    page = tmp_path / "page.html"
+    assert run(["drift", "--report", str(page), "--json"]) == 0
+    found = {one["source"]: one["alarm"] for one in json.loads(capsys.readouterr().out)["sources"]}
+    assert found["local · lamp"]["statistic"] == "out_of_distribution_score"
+    assert "Inputs: distance from the training images" in page.read_text()
+    assert run(["drift"]) == 0
+    assert STATISTICS["out_of_distribution_score"] in capsys.readouterr().out
+
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.drift_verbs.time", SimpleNamespace(sleep=stop))
+    assert run(["drift", "--accept", "local · lamp", "--watch", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "local · lamp begins anew" in captured.err
+    assert "local · lamp" not in [one["source"] for one in json.loads(captured.out)["sources"]], "nothing came since"
 
 
 def _sampled(store: Store, bundle: Any, settings: ServingSettings) -> None:

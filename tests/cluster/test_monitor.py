@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from cluster import monitor
+from cluster.cli import run
 from cluster.monitor import _GRID, LEVEL, _log_wealth, share_of
 from records.errors import ContractError
 from records.ids import new_id, utc_now
@@ -39,8 +40,8 @@ def test_the_interval_is_valid_at_all_times() -> None:
     """A share of 0.8 drawn in two strata: in at least 95 % of the runs it is excluded at no time."""
     truth = int(np.argmin(np.abs(_GRID - 0.8)))
     kept = 0
-    for run in range(60):
-        generator = np.random.default_rng(run)
+    for number in range(60):
+        generator = np.random.default_rng(number)
         hard = generator.random(600) < 0.25
         right = generator.random(600) < np.where(hard, 0.2, 1.0)
         chance = np.where(hard, 0.5, 0.1)
@@ -128,6 +129,21 @@ def test_only_the_audit_sample_counts_and_being_drawn_is_no_referral(
     assert whole.accuracy.estimate == pytest.approx(10 / 22)
     assert whole.confidence_gap == pytest.approx(0.75 - 10 / 22)
     assert by_site.name == "clinic a"
+
+
+def test_the_figures_are_printed(
+    store: Store, audited: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RELOOK_HOME", str(store.home.root))
+    assert run(["monitor"]) == 0
+    assert capsys.readouterr().out.startswith("no image of the audit sample is annotated yet")
+    audited("nv", "nv")
+    assert run(["monitor"]) == 0
+    printed = capsys.readouterr().out
+    assert "site clinic a" in printed
+    assert "no data" in printed, "there is no melanoma, so no sensitivity"
+    assert "1.000 (" in printed
+    assert "-0.250" in printed, "75 % stated, all of them right"
 
 
 def test_a_row_that_is_lost_does_not_end_the_monitoring_of_others(store: Store, audited: Callable[..., None]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from pydantic import SecretStr
 
 import cluster.round as round_room
 from cluster import schedule
@@ -22,6 +23,8 @@ from cluster.schedule import plan_round
 from cluster.settings import RoundSettings, Settings
 from images.importer import import_folder
 from images.synth import synthesize
+from labeling.environment import DATABASE
+from labeling.settings import LabelingSettings
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.settings import RecordsSettings
@@ -35,6 +38,7 @@ from records.types import (
     RoundStep,
     SourceLabel,
 )
+from tests.ports import free_port
 
 SETTINGS = Settings(round=RoundSettings(watch_labels=3, watch_days=5, watch_poll_s=0.05))
 
@@ -173,6 +177,23 @@ def test_of_four_watchers_exactly_one_runs_the_round(store: Store, short_steps: 
     assert started.actor.startswith("watcher")
 
 
+def test_a_watcher_goes_on_without_a_label_studio(store: Store) -> None:
+    external = LabelingSettings(url=f"http://127.0.0.1:{free_port()}", token=SecretStr("t"))
+    said: list[str] = []
+
+    def look(settings: Settings) -> None:
+        schedule.look(store, settings, started_by="watcher", on_event=lambda event: None, tell=said.append)
+
+    look(SETTINGS.model_copy(update={"labeling": external}))
+    assert said == [], "nothing was pushed, so nothing is asked"
+    (store.home.label_studio / DATABASE).write_bytes(b"of a server that was stopped")
+    look(SETTINGS)
+    assert said == [
+        "Label Studio was not read, counting known labels: the local Label Studio is down; start it with "
+        "`relook label up`"
+    ]
+
+
 def test_the_plan_shows_what_a_round_would_do_and_changes_nothing(store: Store) -> None:
     with store.ledger.begin() as tx:
         add_round(tx)
@@ -181,9 +202,22 @@ def test_the_plan_shows_what_a_round_would_do_and_changes_nothing(store: Store) 
     assert (plan.round, plan.resumes, plan.new_labels, plan.due) == (2, False, 4, "4 new labels are in")
     assert plan.trials == SETTINGS.tuning.trials  # there is no earlier search
     assert len(plan.steps) == 7
+    assert plan.expected_s == 0.0, "the steps of the round that ended are not kept"
     with store.ledger.begin() as tx:
         add_round(tx, finished=False)
-    assert plan_round(store, SETTINGS).resumes
+    with store.ledger.begin() as tx:
+        began = utc_now()
+        for record, seconds in zip(tx.find(RoundRecord, order_by=("number",)), (90, 5), strict=True):
+            tx.add(
+                RoundStep(
+                    id=new_id(), round_id=record.id, step="collect", started_at=began,
+                    finished_at=began + timedelta(seconds=seconds), result={},
+                )
+            )  # fmt: skip
+    plan = plan_round(store, SETTINGS)
+    assert plan.resumes
+    assert plan.steps[0] == "resumes after collect"
+    assert plan.expected_s == 90.0, "of rounds that ended"
     with store.ledger.read() as tx:
         assert tx.count(RoundRecord) == 2
 

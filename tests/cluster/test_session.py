@@ -1,17 +1,30 @@
 """A Ray session: it requires a token, is small when idle, and leaves no process, however it ends."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
 
-from cluster.session import MAX_TEMP_DIR_CHARS, RaySession, ray_token_file, require_token_mode, start_ray
+from cluster.daemons import orderly_sigterm
+from cluster.session import (
+    MAX_TEMP_DIR_CHARS,
+    RaySession,
+    _keep_logs,
+    _temp_dir,
+    _uninterrupted,
+    ray_token_file,
+    require_token_mode,
+    start_ray,
+)
 from cluster.settings import Settings
 from cluster.sources import load_settings
 from records.errors import ConfigError, ContractError, UnavailableError
@@ -273,6 +286,50 @@ except UnavailableError as error:
     out, errors = process.communicate(timeout=600)
     assert "no Ray responds at 127.0.0.1:9; start it" in out, errors
     assert "Ray was not asked" in out
+
+
+def test_a_long_folder_for_temporary_files_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.session.tempfile.gettempdir", lambda: "/tmp/" + "x" * MAX_TEMP_DIR_CHARS)
+    folder = _temp_dir(None)
+    shutil.rmtree(folder)
+    assert folder.parent == Path("/tmp")
+
+
+def test_only_sessions_with_logs_leave_some_behind(tmp_path: Path) -> None:
+    home = open_home(tmp_path / "home")
+    (tmp_path / "ray" / "session_2026-1" / "logs").mkdir(parents=True)
+    (tmp_path / "ray" / "session_2026-1" / "logs" / "raylet.out").write_text("it ended")
+    (tmp_path / "ray" / "session_2026-2").mkdir()
+    _keep_logs(tmp_path / "ray", home)
+    assert [path.name for path in (home.logs / "ray").iterdir()] == ["session_2026-1"]
+    assert (home.logs / "ray" / "session_2026-1" / "raylet.out").read_text() == "it ended"
+
+
+def test_the_second_sigterm_of_one_ending_is_ignored() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def within() -> None:
+        with orderly_sigterm():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        within()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_threads_leave_the_signals_alone() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def within() -> list[Any]:
+        with orderly_sigterm(), _uninterrupted():
+            return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(within).result() == before
 
 
 def test_unavailable_is_no_user_error() -> None:
