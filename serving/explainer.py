@@ -12,10 +12,10 @@ import numpy as np
 
 from images.decode import decode_square, decode_squares
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
+from records.memory import return_freed_memory
 from records.models import bundle_folder, registered_bundle, serving_model
 from records.store import Store, read_image
 from records.types import Consent, Image, ModelRecord, Prediction
-from serving.collector import return_freed_memory
 from serving.images import attribution_map, take_in
 from serving.messages import FoundCase, HeatMap, Method
 from serving.nearest import CaseFinder
@@ -127,6 +127,7 @@ class Explainer:
             found = attribute(loaded, squares[side_px], method, index_of(target), against)
         finally:
             if METHODS[method].evaluations > 1:
+                # A slow map leaves 50 to 100 MB behind in each thread that computes one.
                 return_freed_memory()
         if not np.isfinite(found.values).all():
             raise RefusedError("the model has no finite output for this image, so there is nothing to explain")

@@ -184,10 +184,12 @@ def _train_in_group(
 ) -> None:
     """Train under Ray Train, whose own folder lets a group that lost a worker go on."""
     from trainers.fitting.distributed import fit_distributed
+    from trainers.fitting.job import job_of
 
     with closing(open_store(job.records)) as store:
         images.open(store, settings.model.side_px)
-        fit_distributed(settings, images, store, folder or store.home.runs / "trial", policy=policy, on_epoch=on_epoch)
+        fitted = job_of(store, settings, images, folder or store.home.runs / "trial", policy)
+        fit_distributed(fitted, on_epoch=on_epoch)
 
 
 def _open_images(job: TrialJob, images: DataPlan, side_px: int) -> TrainingData:

@@ -33,6 +33,7 @@ from trainers.augmentation.operations import Canvas
 from trainers.fitting.distributed import fit_distributed
 from trainers.fitting.epoch_report import EpochReport
 from trainers.fitting.feeding import Feeder
+from trainers.fitting.job import job_of
 from trainers.fitting.one_worker import TASK_NAME
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import choose_device
@@ -109,6 +110,7 @@ class Bench:
         cores = len(os.sched_getaffinity(0))
         alone = _like(self.settings, {"workers.count": 1, "workers.threads": cores})
         load = os.getloadavg()[0]
+        first_start = self._start_s(self.plan, "first start")
         before = raw_rate(alone, len(self.store.taxonomy.codes))
         plan = self._cut(before)
         watch = MemoryWatch()
@@ -128,6 +130,7 @@ class Bench:
             "ddp2_over_single": _ratio(shared, pipeline),
             "feeder_scaling_2": _ratio(two, one),
             "fit_start_s": round(starts, 1),
+            "fit_first_start_s": round(first_start, 1),
             "peak_memory_mb": round(watch.peak_mb),
             "feeder_images_s": _round(one),
             "pipeline_images_s": _round(pipeline),
@@ -183,7 +186,8 @@ class Bench:
         # One batch, so that little but the start is measured.
         rows = np.r_[0 : self.settings.images_per_step, plan.num_train : len(plan.labels)]
         few = DataPlan([plan.image_ids[row] for row in rows], plan.labels[rows], self.settings.images_per_step)
-        fit_distributed(settings, few, self.store, run_dir, policy=load_policy(settings.augmentation), on_epoch=note)
+        job = job_of(self.store, settings, few, run_dir, load_policy(settings.augmentation))
+        fit_distributed(job, on_epoch=note)
         return told[0]
 
     def _pipeline_rate(self, settings: TrainersSettings, plan: DataPlan, name: str) -> float:
@@ -195,8 +199,8 @@ class Bench:
             told.append((time.perf_counter(), report))
             return False
 
-        policy = load_policy(settings.augmentation)
-        fit_distributed(settings, plan, self.store, run_dir, policy=policy, on_epoch=note)
+        job = job_of(self.store, settings, plan, run_dir, load_policy(settings.augmentation))
+        fit_distributed(job, on_epoch=note)
         spans = [after - before - report.validation_seconds for (before, _), (after, report) in pairwise(told)]
         steps = -(-plan.num_train // settings.images_per_step)
         return steps * settings.images_per_step / (sum(spans) / len(spans))

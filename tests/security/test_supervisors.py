@@ -274,6 +274,7 @@ def test_an_error_of_a_training_worker_is_told_in_its_own_sentence(
 ) -> None:
     from images.importer import build_version
     from trainers.fitting.distributed import fit_distributed
+    from trainers.fitting.job import job_of
     from trainers.fitting.training_data import plan_data
     from trainers.settings import TrainersSettings
 
@@ -283,7 +284,7 @@ def test_an_error_of_a_training_worker_is_told_in_its_own_sentence(
     )
     policy: Any = Unreadable()
     with pytest.raises(ConfigError, match="no-such-policy") as caught:
-        fit_distributed(settings, plan, filled_store, tmp_path, policy=policy)
+        fit_distributed(job_of(filled_store, settings, plan, tmp_path, policy))
     assert "worker errors" not in str(caught.value)
     assert "--resume" not in str(caught.value)
 

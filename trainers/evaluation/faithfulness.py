@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from images.overlay import resized_strength
@@ -256,6 +255,9 @@ def similarity(ours: Float32Array, theirs: Float32Array) -> float | None:
     Returns:
         Mean absolute Spearman correlation, 0 to 1, where ours are not constant; None if all are.
     """
+    # Imported here: it takes most of a second, which every training would spend for the maps that it only shows.
+    from scipy.stats import spearmanr
+
     likeness = [
         # The correlation with a constant map is undefined; such a map ranks nothing, so it counts as 0.
         abs(float(spearmanr(mine.ravel(), other.ravel()).statistic)) if np.ptp(other) > 0 else 0.0

@@ -2,16 +2,23 @@
 
 The workers send reports to an actor. A thread in the caller's process receives them, calls the caller's `on_epoch`
 and sends back whether to stop; the workers wait for that before their next epoch. Ray has to run already.
+
+The actor's process starts with every fit, so this file imports little: settings and reports would take a second.
 """
 
 import asyncio
+import math
 import threading
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep
+if TYPE_CHECKING:
+    from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep
+
+STEPS_TOLD_EVERY_S = 5.0
 
 
 def open_channel() -> Any:
@@ -64,10 +71,26 @@ class Channel:
         return self._fatal
 
 
+def sender(channel: Any) -> "tuple[OnEpoch, OnStep]":
+    """Return what a worker calls after every epoch and step: both send, and the first waits for the reply."""
+    told_at_s = -math.inf
+
+    def on_epoch(report: "EpochReport") -> bool:
+        return bool(ray.get(channel.report.remote(report.model_dump())))
+
+    def on_step(epochs_done: int, step: int, steps: int) -> None:
+        nonlocal told_at_s
+        if time.monotonic() - told_at_s >= STEPS_TOLD_EVERY_S:
+            told_at_s = time.monotonic()
+            channel.step.remote(epochs_done, step, steps)
+
+    return on_epoch, on_step
+
+
 class ReportThread:
     """Passes reports to the caller's function in a thread, because `TorchTrainer.fit` blocks the main one."""
 
-    def __init__(self, channel: Any, on_epoch: OnEpoch | None, on_step: OnStep | None = None) -> None:
+    def __init__(self, channel: Any, on_epoch: "OnEpoch | None", on_step: "OnStep | None" = None) -> None:
         self._channel = channel
         self._on_epoch = on_epoch
         self._on_step = on_step
@@ -99,6 +122,8 @@ class ReportThread:
             return True
         if self._on_epoch is None:
             return False
+        from trainers.fitting.epoch_report import EpochReport
+
         try:
             return bool(self._on_epoch(EpochReport.model_validate(report)))
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread

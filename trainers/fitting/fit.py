@@ -30,7 +30,6 @@ from records.bundles import (
 )
 from records.context import ContextHead, Known, context_of_image
 from records.datasets import DatasetVersion
-from records.erasure import EVENT_IMAGES
 from records.errors import ConfigError, ContractError, DataError
 from records.store import Store, find_images
 from records.taxonomy import Taxonomy
@@ -40,7 +39,8 @@ from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.fitting.cases import add_cases
 from trainers.fitting.context import calibrated, cross_fitted, fitted_context, probabilities_of
 from trainers.fitting.epoch_report import MetricsLog, OnEpoch, OnStep, epochs_in
-from trainers.fitting.loop import TrainedModel, train
+from trainers.fitting.job import Job, job_of
+from trainers.fitting.loop import TrainedModel
 from trainers.fitting.starting import StartingWeights, starting_weights
 from trainers.fitting.suitability import Outputs, faithfulness_of, outputs_of, sample_of_train, suitability_of
 from trainers.fitting.teacher import require_unseen, taught
@@ -104,7 +104,7 @@ def fit(
         settings: the recipe, and how this machine executes it.
         dataset: the version.
         run_dir: for checkpoint and `metrics.jsonl`; if it holds this run, unfinished, the run goes on.
-        use_ray: train under Ray Train, which has to run already; needed for more than one worker.
+        use_ray: train in the Ray session that runs already; needed for more than one worker.
         on_epoch: called after every epoch; True stops training, and the best epoch so far is calibrated.
         on_step: called while steps are taken, every few seconds at least.
         start_from: a bundle of the same architecture whose weights are fine-tuned; default: fresh weights.
@@ -135,8 +135,8 @@ def fit(
     run_dir.mkdir(parents=True, exist_ok=True)
     events = EventFiles(run_dir / FOLDER, settings.flat(), told=epochs_in(run_dir / METRICS_FILE))
     log = MetricsLog(run_dir / METRICS_FILE, on_epoch, events)
-    way = _fit_on_ray if use_ray else _fit_alone
-    trained = way(settings, plan, store, run_dir, policy, log, on_step, initial_weights)
+    job = job_of(store, settings, plan, run_dir, policy, initial_weights)
+    trained = _trained(job, store, use_ray, log, on_step)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
     facts = _training_facts(trained, policy, plan, first_fit)
@@ -145,49 +145,20 @@ def fit(
     return write_fitted(store, dataset, plan, trained, origin, choices, progress)
 
 
-def _fit_on_ray(
-    settings: TrainersSettings,
-    plan: DataPlan,
-    store: Store,
-    run_dir: Path,
-    policy: Policy,
-    log: MetricsLog,
-    on_step: OnStep | None,
-    initial_weights: dict[str, NDArray[Any]] | None,
-) -> TrainedModel:
-    from trainers.fitting.distributed import fit_distributed
+def _trained(job: Job, store: Store, use_ray: bool, on_epoch: OnEpoch, on_step: OnStep | None) -> TrainedModel:
+    settings, plan = job.settings, job.plan
+    if use_ray:
+        from trainers.fitting.distributed import fit_distributed
 
-    told: dict[str, Any] = {"on_epoch": log, "on_step": on_step}
-    return fit_distributed(settings, plan, store, run_dir, policy=policy, initial_weights=initial_weights, **told)
-
-
-def _fit_alone(
-    settings: TrainersSettings,
-    plan: DataPlan,
-    store: Store,
-    run_dir: Path,
-    policy: Policy,
-    log: MetricsLog,
-    on_step: OnStep | None,
-    initial_weights: dict[str, NDArray[Any]] | None,
-) -> TrainedModel:
+        return fit_distributed(job, on_epoch=on_epoch, on_step=on_step)
     if settings.needs_ray:
         raise ConfigError(
             f"trainers.workers.count is {settings.workers.count} and trainers.workers.data_source "
             f"{settings.workers.data_source}; more than one worker, and streaming, need Ray: set "
             "trainers.workers.count=1 and trainers.workers.data_source=cache to train without it"
         )
-    return train(
-        settings,
-        plan.open(store, settings.model.side_px),
-        store.taxonomy,
-        on_epoch=log,
-        on_step=on_step,
-        workers=SingleWorker(run_dir, settings.workers.use_gpu),
-        policy=policy,
-        initial_weights=initial_weights,
-        images_dir=run_dir / EVENT_IMAGES,
-    )
+    group = SingleWorker(job.run_dir, settings.workers.use_gpu)
+    return job.train(plan.open(store, settings.model.side_px), group, on_epoch, on_step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A group provides rank, device, wrapped network, gathered arrays and storage for checkpoints. `SingleWorker` is one
 process with a folder; `ProcessGroup` works over torch.distributed, whoever started the processes (torchrun, a test,
-or Ray Train through `trainers.fitting.distributed`).
+or Ray Train through `trainers.fitting.ray_group`).
 """
 
 import os

@@ -18,6 +18,7 @@ from records.store import Store
 from trainers.augmentation import load_policy
 from trainers.fitting.distributed import warns_of_scarcity
 from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.job import job_of
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import ModelSettings, OptimizerSettings, TrainersSettings, WorkersSettings
@@ -94,7 +95,7 @@ def test_two_workers_of_which_one_is_killed_are_one(
 
     stepwise = SETTINGS.with_values({"workers.checkpoint_every_steps": 1})
     together = fit_distributed(
-        stepwise, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_one_in_the_second_epoch
+        job_of(filled_store, stepwise, plan, tmp_path, POLICY), on_epoch=kill_one_in_the_second_epoch
     )
     assert len(killed) == 1
     assert sorted(set(told)) == [1, 2, 3]  # an epoch whose worker died before its checkpoint is told again
@@ -123,12 +124,15 @@ def test_one_worker_is_a_task_that_goes_on_when_its_process_dies(
         return False
 
     single = SETTINGS.with_values({"workers.count": 1, "workers.checkpoint_every_steps": 1})
-    model = fit_distributed(single, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_it_once)
+    model = fit_distributed(job_of(filled_store, single, plan, tmp_path, POLICY), on_epoch=kill_it_once)
     assert largest_difference(model, alone) == 0.0
     assert told == [1, 2, 3]
     assert len(killed) == 1
     with pytest.raises(RefusedError, match="was made with other settings"):
-        fit_distributed(single.with_values({"seed": 1}), plan, filled_store, tmp_path, policy=POLICY)
+        fit_distributed(job_of(filled_store, single.with_values({"seed": 1}), plan, tmp_path, POLICY))
+    # In the process of the one that failed, or in another: nothing of a fit is left to the next.
+    again = fit_distributed(job_of(filled_store, single, plan, tmp_path / "next", POLICY))
+    assert largest_difference(again, alone) == 0.0
 
 
 @pytest.mark.soak
@@ -151,12 +155,12 @@ def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finish
         {"workers.strategy": "elastic", "workers.count": 8, "workers.threads": 2, "workers.max_failures": 0}
     )
     with pytest.raises(UnavailableError, match=rf"training was lost .*; the last checkpoint is in {tmp_path}, run"):
-        fit_distributed(elastic, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_one_after_the_second_epoch)
+        fit_distributed(job_of(filled_store, elastic, plan, tmp_path, POLICY), on_epoch=kill_one_after_the_second_epoch)
     assert seen == [2, 2]
     told: list[int] = []
     sharded = SETTINGS.with_values({"workers.strategy": "fsdp"})
     finished = fit_distributed(
-        sharded, plan, filled_store, tmp_path, policy=POLICY, on_epoch=lambda report: told.append(report.epoch)
+        job_of(filled_store, sharded, plan, tmp_path, POLICY), on_epoch=lambda report: told.append(report.epoch)
     )
     assert told in ([2, 3], [3])  # the checkpoint after the second epoch was on its way when the worker died
     assert largest_difference(finished, alone) < 1e-4
@@ -164,7 +168,7 @@ def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finish
     # The folder holds that run now: another one finds its checkpoint there and is refused, by one worker too.
     other = SETTINGS.with_values({"workers.count": 1, "seed": 1, "workers.max_failures": 0})
     with pytest.raises(RefusedError, match="was made with other settings"):
-        fit_distributed(other, plan, filled_store, tmp_path, policy=POLICY)
+        fit_distributed(job_of(filled_store, other, plan, tmp_path, POLICY))
 
 
 @pytest.mark.soak
@@ -174,7 +178,7 @@ def test_a_streamed_run_is_the_cached_run(
     from trainers.fitting.distributed import fit_distributed
 
     streamed = SETTINGS.with_values({"workers.count": 1, "workers.data_source": "stream"})
-    model = fit_distributed(streamed, plan, filled_store, tmp_path, policy=POLICY)
+    model = fit_distributed(job_of(filled_store, streamed, plan, tmp_path, POLICY))
     assert [report.train_loss for report in model.reports] == [report.train_loss for report in alone.reports]
     assert largest_difference(model, alone) == 0.0
 
@@ -186,10 +190,10 @@ def test_more_workers_than_ray_has_cpus(
 
     greedy = SETTINGS.with_values({"workers.count": 8, "workers.threads": 4})
     with pytest.raises(ConfigError, match=r"8 workers with 4 threads each need 32 CPUs and Ray has 4; lower"):
-        fit_distributed(greedy, plan, filled_store, tmp_path, policy=POLICY)
+        fit_distributed(job_of(filled_store, greedy, plan, tmp_path, POLICY))
     demanding = SETTINGS.with_values({"workers.use_gpu": True})
     with pytest.raises(ConfigError, match=r"need as many GPUs and Ray has 0; .* trainers.workers.use_gpu=false"):
-        fit_distributed(demanding, plan, filled_store, tmp_path, policy=POLICY)
+        fit_distributed(job_of(filled_store, demanding, plan, tmp_path, POLICY))
 
 
 def test_waiting_is_told_once_and_so_is_going_on(caplog: pytest.LogCaptureFixture) -> None:
