@@ -100,6 +100,8 @@ def _range(name: str, low: Any, high: Any, log: bool | None = None, integer: boo
 def _choice(name: str, values: list[Any]) -> Choice:
     if not values:
         raise ConfigError(f"space: {name} has no value left; name at least one")
+    if any(isinstance(value, list | dict) for value in values):
+        raise ConfigError(f"space: {name} takes single values, not lists or mappings: {values}")
     return Choice(tuple(dict.fromkeys(values)))
 
 
@@ -108,7 +110,10 @@ def _plain(text: str) -> Any:
     text = text.strip()
     if _FLOAT.fullmatch(text) and not text.lstrip("+-").isdigit():
         return float(text)
-    return yaml.safe_load(text) if text else None
+    try:
+        return yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        return text
 
 
 SEARCHABLE = frozenset(

@@ -46,7 +46,7 @@ def suggest(
 
 
 def _frozen(space: SearchSpace, tunables: dict[str, Tunable], settings: TrainersSettings, trial: TrialResult) -> Any:
-    """GenerationStep a trial into Optuna's record of it, with the decisions that lie in the space."""
+    """Return Optuna's record of a trial, with the decisions that lie in the space."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import TrialState as State
     from optuna.trial import create_trial

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tuning.effects import SAME, effects_of
+from tuning.effects import SAME, effects_of, importance_of
 from tuning.trials import Origin
 
 AXES = {"optimizer": ("sgd", "adamw"), "scheduler": ("cosine", "step")}
@@ -99,3 +99,37 @@ def test_what_a_choice_costs_is_its_mean_epoch(header, make_trial):
 
     assert (rows["sgd"].seconds_per_epoch, rows["adamw"].seconds_per_epoch) == (2.0, 5.0)
     assert (rows["cosine"].seconds_per_epoch, rows["step"].seconds_per_epoch) == (3.0, None)
+
+
+def test_trials_that_were_never_cut_off_are_compared_by_their_whole_budget(make_header, balanced, make_trial):
+    header = make_header(axes=AXES, base=BASE, trials=9, block_trials=8)
+    found = effects_of(header, [*balanced(), make_trial(8, [0.9], "stopped")])
+
+    assert (found.trials, found.epochs) == (8, 2)
+    assert found.basis == "8 balanced trials with the whole budget"
+
+
+def test_an_axis_of_which_one_choice_was_tried_has_no_effect(header, balanced):
+    rows = table(header, [trial for trial in balanced() if trial.overrides["scheduler.name"] == "cosine"])
+
+    assert rows["sgd"].effect == pytest.approx(0.1)
+    assert (rows["cosine"].effect, rows["step"].effect, rows["step"].trials) == (None, None, 0)
+
+
+def test_what_moves_the_score_has_the_larger_share(header, balanced, make_trial):
+    trials = [*balanced(), *balanced()]
+    trials = [
+        trial.model_copy(
+            update={"number": number, "overrides": trial.overrides | {"batch_size": 32 * (1 + number % 3), "seed": 1}}
+        )
+        for number, trial in enumerate(trials)
+    ]
+    shares = importance_of(header, trials)
+
+    assert next(iter(shares)) == "optimizer.name"
+    assert set(shares) == {"optimizer.name", "scheduler.name", "batch_size"}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert importance_of(header, trials[:11]) is None, "too few"
+    assert importance_of(header, [make_trial(number, [0.5], overrides=BASE) for number in range(12)]) is None, (
+        "all alike"
+    )

@@ -55,6 +55,30 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, make_header, make_tria
     assert [trial.number for trial in read_journal(tmp_path)[1]] == [0, 1]
 
 
+def test_a_last_line_of_zeros_is_dropped(tmp_path, make_header, make_trial):
+    """After a power cut, blocks that never reached the disk read as zeros."""
+    with open_journal(tmp_path, make_header()) as journal:
+        write(journal, make_trial(0, [0.2]))
+    with (tmp_path / FILE_NAME).open("ab") as file:
+        file.write(b'{"kind":"en' + bytes(9) + b"\n")
+    with open_journal(tmp_path, make_header()) as journal:
+        assert sorted(journal.settled) == [0]
+    assert b"\0" not in (tmp_path / FILE_NAME).read_bytes()
+
+
+def test_a_kill_between_the_last_decision_and_the_end_of_a_trial_ends_it(tmp_path, make_header, make_trial):
+    with open_journal(tmp_path, make_header()) as journal:
+        for number, (scores, goes_on) in enumerate((([0.3, 0.5], True), ([0.1], False), ([0.2], True))):
+            epoch = len(scores)
+            decision = Decision(number=number, epoch=epoch, score=scores[-1], rung=None, cutoff=None, goes_on=goes_on)
+            trial = make_trial(number, scores, "running").model_dump(mode="json")
+            journal.write("epoch", trial=trial, decision=decision.model_dump(mode="json"))
+
+    with open_journal(tmp_path, make_header()) as journal:
+        assert sorted(journal.settled) == [0, 1], "the third was to go on"
+    assert [trial.state for trial in read_journal(tmp_path)[1]] == ["finished", "stopped", "running"]
+
+
 @pytest.mark.parametrize(
     "line", ["not json", '{"kind":"ended"}', '{"kind":"ended","trial":{"number":-1}}', '["kind"]', '{"trial":{}}']
 )

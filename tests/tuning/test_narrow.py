@@ -62,6 +62,12 @@ def test_a_yaml_file_says_the_same(tmp_path):
         ("batch_size=", "batch_size has no value left"),
         ("batch_size=1,64", "batch_size = 1 cannot be tried"),
         ("model.side_px=16,64", r"model.side_px.* cannot be tried: .*custom_cnn needs at least 32"),
+        ("optimizer=1..2", "optimizer takes names, as optimizer=sgd,rmsprop"),
+        ("optimizer=[", r"optimizer '\[' is unknown"),
+        ("optimizer={x: 1}", "optimizer takes single values, not lists or mappings"),
+        ("sgd.momentum=@..1", "sgd.momentum runs from '@' to 1, and both ends have to be numbers"),
+        ("sgd.momentum=0.9,5", "sgd.momentum cannot be 5; it may be 0.8..0.98"),
+        ("sgd.nesterov=1..2", "sgd.nesterov takes single values, not a range; it may be False, True"),
         ("nothing", "neither name=values nor a YAML file"),
         ("none.yaml", r"the space none.yaml cannot be read"),
     ],
@@ -69,6 +75,30 @@ def test_a_yaml_file_says_the_same(tmp_path):
 def test_what_cannot_work_is_refused_with_the_fix(item, message):
     with pytest.raises(ConfigError, match=message):
         narrowed(item)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[sgd, adam]", "has to map names to values, as `optimizer:"),
+        ("optimizer: [", "is not YAML"),
+        ("sgd.momentum: {lo: 1, high: 2}", r"sgd.momentum needs low and high, .* it has \['high', 'lo'\]"),
+        ("optimizer: [[sgd], adam]", "optimizer takes single values, not lists or mappings"),
+    ],
+)
+def test_a_file_that_is_no_space_is_refused(tmp_path, text, message):
+    (tmp_path / "space.yaml").write_text(text)
+
+    with pytest.raises(ConfigError, match=message):
+        narrowed(str(tmp_path / "space.yaml"))
+
+
+def test_single_values_take_the_place_of_a_range(tmp_path):
+    (tmp_path / "space.yaml").write_text("batch_size: 32\n")
+    space = narrowed(str(tmp_path / "space.yaml"), "sgd.momentum=0.85,0.9")
+
+    assert space.free["batch_size"] == Choice((32,))
+    assert space.axes[Axis.OPTIMIZER][0].tunable["momentum"] == Choice((0.85, 0.9))
 
 
 def test_a_setting_of_a_record_that_is_left_out_is_refused():
@@ -114,3 +144,21 @@ def test_tpe_proposes_a_function_of_seed_and_history(make_trial):
     assert proposed[0].origin is Origin.SUGGESTED
     assert [trial.origin for trial in history] == [Origin.DEFAULTS, *[Origin.SAMPLED] * 6]
     with_overrides(BASE, proposed[0].overrides)
+
+
+def test_tpe_proposes_whole_numbers_and_learns_from_trials_that_did_not_end(make_trial):
+    space = narrowed("optimizer=sgd", "scheduler=step", "batch_size=32,64")
+    planner = Planner(space, BASE, trials=20, seed=1, searcher=Searcher.TPE, startup_trials=4)
+    history = []
+    for number, state in enumerate(("finished", "stopped", "running", "finished", "failed")):
+        plan = planner.plan(number, history)
+        scores = [] if state == "failed" else [0.1 * number]
+        history.append(make_trial(number, scores, state, overrides=plan.overrides, origin=plan.origin))
+    # A setting of before the space was narrowed, which is not in it any more.
+    history[1] = history[1].model_copy(update={"overrides": history[1].overrides | {"batch_size": 16}})
+    proposed = planner.plan(5, history)
+
+    assert proposed.origin is Origin.SUGGESTED
+    assert proposed.overrides["scheduler.step_size_epochs"] in range(1, 11)
+    assert isinstance(proposed.overrides["scheduler.step_size_epochs"], int)
+    assert proposed.overrides["batch_size"] in (32, 64)

@@ -6,10 +6,11 @@ import pytest
 from rich.console import Console
 
 from records.errors import RefusedError, UnknownIdError
-from tuning.journal import open_journal
-from tuning.live import SearchView, describe, line_of, search_summary, sparkline
+from tuning.experiments import Comparison
+from tuning.journal import open_journal, read_journal
+from tuning.live import SearchView, comparison_table, describe, line_of, search_summary, sparkline
 from tuning.log import SearchLog
-from tuning.report import find_resumable, find_run, report_on
+from tuning.report import find_resumable, find_run, report_on, write_report
 from tuning.trials import Decision
 
 
@@ -99,8 +100,6 @@ def test_a_search_that_does_not_exist(tmp_path, name, message):
 
 
 def test_the_summary_tells_a_person_the_same(run):
-    from tuning.journal import read_journal
-
     text = draw(search_summary(*read_journal(run)))
 
     assert "3 of 3 trials" in text
@@ -151,6 +150,49 @@ def test_elsewhere_than_in_a_terminal_each_end_is_a_line(tmp_path, make_header, 
         "trial 1 failed after 0 epochs: the loss is not finite, optimizer adam; 2 of 3 done; "
         "best so far 0.420 (trial 0)",
     ]
+
+
+def test_the_figures_stand_beside_the_published_ones():
+    def row(name, published, metric, **figures):
+        measured = dict.fromkeys(
+            ("trial", "max_train_images", "best_epoch", "balanced_accuracy", "balanced_accuracy_ci", "accuracy",
+             "accuracy_ci", "macro_f1", "macro_f1_ci", "difference", "failure")
+        )  # fmt: skip
+        fixed = {"table": "4.1", "model": "custom_cnn", "side_px": 32, "epochs": 2}
+        return fixed | measured | figures | {"name": name, "published": published, "metric": metric}
+
+    tried = {"accuracy": 0.75, "accuracy_ci": (0.7, 0.8), "balanced_accuracy": 0.5, "balanced_accuracy_ci": (0.4, 0.6)}
+    rows = [row("adam", 0.701, "accuracy", **tried), row("sgd", 0.6, "macro_f1"), row("none", None, "accuracy")]
+    compared = Comparison.model_validate({"rows": [*rows, rows[0]], "groups": 9, "why_different": ()})
+    lines = [line.split("  ") for line in draw(comparison_table(compared)).splitlines()[3:]]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+
+    assert cells == [
+        ["adam", "0.500 (0.400-0.600)", "0.750 (0.700-0.800)", "0.701"],
+        ["sgd", "-", "-", "0.600 macro f1"],
+        ["none", "-", "-", "-"],
+    ]
+
+
+def test_the_live_view_of_a_search_without_a_score(tmp_path, make_header, make_plan):
+    view = SearchView()
+    with open_journal(tmp_path, make_header()) as journal:
+        SearchLog(make_header(), journal, view.update).started(make_plan(0))
+    text = " ".join(draw(view).split())
+
+    assert "0 of 3 trials done, 0 of at most 6 epochs" in text
+    assert " left" not in text
+    assert "best so far" not in text
+
+
+def test_a_search_that_scored_nothing_has_a_report_without_curves(tmp_path, make_header, make_trial):
+    failed = make_trial(0, [], "failed", error="not finite", error_kind="DivergedError")
+    with open_journal(tmp_path, make_header()) as journal:
+        journal.write("ended", trial=failed.model_dump(mode="json"))
+    report = report_on(tmp_path)
+
+    assert "No trial was scored." in draw(search_summary(*read_journal(tmp_path)))
+    assert "not finite" in write_report(report, tmp_path).read_text()
 
 
 def test_small_parts():

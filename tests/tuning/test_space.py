@@ -14,7 +14,7 @@ from trainers.settings import OptimizerSettings, TrainersSettings
 from tuning import space as space_module
 from tuning.planner import Planner
 from tuning.settings import Axis
-from tuning.space import COMPOSED, SearchSpace, derive_space, difference, with_overrides
+from tuning.space import COMPOSED, SearchSpace, derive_space, difference, random_chooser, with_overrides
 from tuning.trials import Origin
 
 BASE = TrainersSettings()
@@ -211,3 +211,33 @@ def test_the_hash_follows_the_ranges():
 
     assert whole.hash == derive_space(ALL, BASE).hash
     assert whole.hash != part.hash
+
+
+def test_the_decisions_behind_settings_are_repeated():
+    space, base = derive_space((Axis.OPTIMIZER, Axis.AUGMENTATION), BASE), BASE
+    composed = 0
+    for seed in range(40):
+        made, chance = [], random_chooser(np.random.default_rng(seed))
+
+        def note(name, tunable, made=made, chance=chance):
+            value = chance(name, tunable)
+            is_part = name.startswith("composed.") and not isinstance(value, bool)
+            made.append((name, round(value, 2) if is_part else value))
+            return value
+
+        settings = with_overrides(base, space.draw(note))
+        asked = []
+        space.replay(settings, lambda name, tunable, asked=asked: asked.append((name, tunable.values[0])))
+        known = dict(asked)
+        composed += settings.augmentation.startswith("ops:")
+        if settings.augmentation != "none":
+            assert known == {name: pytest.approx(value) if isinstance(value, float) else value for name, value in made}
+    assert composed
+
+
+def test_settings_outside_a_space_decide_nothing_in_it():
+    space, asked = derive_space((Axis.OPTIMIZER,), BASE), []
+    narrowed = SearchSpace({Axis.OPTIMIZER: space.axes[Axis.OPTIMIZER][1:]})
+    narrowed.replay(TrainersSettings(), lambda name, tunable: asked.append(name))
+    assert TrainersSettings().optimizer.name == space.axes[Axis.OPTIMIZER][0].name
+    assert asked == []
