@@ -67,11 +67,24 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(service_store: Store, fold
         file.write('{"image": "half')
     with pytest.raises(RefusedError, match="--resume"):
         predict_folder(bundle, folder, out, SETTINGS)
+    head, _, rows = partial.read_text().partition("\n")
+    partial.write_text(head.replace(bundle.id, "f" * 64) + "\n" + rows)
+    with pytest.raises(RefusedError, match="was started with model ffffffffffff; remove it to start again"):
+        predict_folder(bundle, folder, out, SETTINGS, resume=True)
+    partial.write_text(head + "\n" + rows)
     seen: list[int] = []
     resumed = predict_folder(bundle, folder, out, SETTINGS, resume=True, on_done=lambda done, _: seen.append(done))
     assert seen[0] >= 4
     assert [row["image"] for row in resumed.rows] == [row["image"] for row in whole.rows]
     assert [row["decision"] for row in resumed.rows] == [row["decision"] for row in whole.rows]
+
+
+def test_images_of_too_many_pixels_are_rows_with_a_sentence(service_store: Store, folder: Path, tmp_path: Path) -> None:
+    bundle = find_bundle(service_store, "champion")
+    result = predict_folder(bundle, folder, tmp_path / "t.csv", SETTINGS.model_copy(update={"max_megapixels": 0.001}))
+    readable = [row["error"] for row in result.rows if "pixels are too many" in (row["error"] or "")]
+    assert readable
+    assert {row["decision"] for row in result.rows} == {None}
 
 
 def test_an_empty_folder_is_refused(service_store: Store, tmp_path: Path) -> None:

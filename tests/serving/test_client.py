@@ -6,7 +6,15 @@ from typing import Any
 import httpx
 import pytest
 
-from records.errors import RelookError, UnavailableError
+from records.errors import (
+    AccessError,
+    DataError,
+    ImageError,
+    RefusedError,
+    RelookError,
+    UnavailableError,
+    UnknownIdError,
+)
 from records.types import Prediction
 from serving.client import Client
 from tests.unreliable import unreliable_way
@@ -39,6 +47,22 @@ def test_something_else_on_the_port_is_told_apart() -> None:
     silent = httpx.MockTransport(lambda _: httpx.Response(418, text="teapot"))
     with Client("http://127.0.0.1", transport=silent) as client, pytest.raises(RelookError, match="418"):
         client.model()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (401, "no_key", AccessError), (404, "not_found", UnknownIdError), (409, "refused", RefusedError),
+        (413, "too_large", ImageError), (422, "damaged", ImageError), (422, "invalid", DataError),
+        (503, "busy", UnavailableError), (500, "bug", RelookError),
+    ],
+)  # fmt: skip
+def test_problems_become_the_errors_of_the_library(status: int, code: str, kind: type[RelookError]) -> None:
+    problem = {"type": "about:blank", "title": "t", "status": status, "detail": "why", "code": code, "request_id": "r"}
+    given = httpx.MockTransport(lambda _: httpx.Response(status, json=problem))
+    with Client("http://127.0.0.1", transport=given, retry_s=0.0) as client, pytest.raises(kind, match="why") as raised:
+        client.models()
+    assert type(raised.value) is kind
 
 
 def test_a_key_is_sent_as_bearer() -> None:

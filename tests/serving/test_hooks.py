@@ -35,7 +35,7 @@ from serving.hooks.delivery import (
     state_of,
     troubles,
 )
-from serving.hooks.requests import is_public, post
+from serving.hooks.requests import _checked, is_public, post
 from serving.schemas import OutcomeRequest
 from serving.settings import HookSettings, ServingSettings
 
@@ -307,12 +307,27 @@ def test_a_name_of_a_private_address_is_refused_unless_it_is_allowed(
         assert receiver.received[0][0]["host"] == url.split("/")[2]
 
 
+def test_a_name_is_refused_if_any_of_its_addresses_is_private(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [["8.8.8.8", "10.0.0.1"], ["8.8.8.8", "1.1.1.1"]]
+    monkeypatch.setattr(
+        "serving.hooks.requests.socket.getaddrinfo",
+        lambda host, port, type: [(0, 0, 0, "", (one, port)) for one in answers.pop(0)],
+    )
+    hook = hook_to(receiver, url="https://hooks.example.org/")
+    with pytest.raises(UnavailableError, match=r"is the private address 10\.0\.0\.1"):
+        _checked(hook, "hooks.example.org", 443)
+    assert str(_checked(hook, "hooks.example.org", 443)) == "8.8.8.8"
+
+
 @pytest.mark.parametrize(
     ("address", "public"),
     [
         ("10.0.0.1", False), ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
         ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("::1", False), ("fe80::1", False),
         ("fc00::1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("2002:a00:1::", False),
+        ("2001:0:808:808:0:ffff:f5ff:fffe", False),
         ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True),
     ],
 )  # fmt: skip

@@ -255,6 +255,16 @@ def test_a_heat_map_names_its_method_and_its_faithfulness() -> None:
     assert "by differentiation, 100 steps, completeness error 1.2 %." in heat_map_html(found, NAMES, None)
 
 
+def test_a_model_names_the_sensitivity_of_its_key_class() -> None:
+    key = {"name": "mel", "sensitivity": 0.91, "sensitivity_ci": [0.8, 0.97], "specificity": 0.7}
+    shown = details_html(
+        details(metrics={"val": {"images": 9, "lesions": 8, "per_class": {}, "key_class": key}}), NAMES
+    )
+    assert "Melanoma: sensitivity at its review threshold" in shown
+    assert "91" in shown
+    assert "Melanoma: specificity at its review threshold" in shown
+
+
 def test_models_rollouts_and_rounds_name_splits_and_numbers() -> None:
     html = details_html(details(), NAMES)
     assert "Validation split: 9 images of 8 lesions" in html

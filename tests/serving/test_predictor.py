@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from records.errors import ImageError, RefusedError, UnavailableError
+from records.errors import ImageError, RefusedError, UnavailableError, UnknownIdError
 from records.ids import new_id
 from records.store import Store
 from records.types import Decision, ModelStatus, Prediction, ReasonCode, ReviewItem
@@ -254,6 +254,19 @@ def test_without_a_model_there_is_a_sentence(store: Store, make_image: Callable[
         return predictor.state().detail
 
     assert "promote" in with_predictor(store, use)
+
+
+def test_what_has_no_model_is_not_explained(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
+    explainer = Explainer(store, SETTINGS)
+    with pytest.raises(UnavailableError, match="no model is to be served yet; promote one first"):
+        explainer.explain_image(make_image(0), "gradcam", None, None)
+    tools.serve_bundle(store, tools.make_bundle(store))
+    stored = with_predictor(store, lambda predictor: predictor.predict(request(make_image(0))))
+    gone = stored.prediction.model_copy(update={"model_id": "f" * 64})
+    with pytest.raises(
+        UnknownIdError, match="the model ffffffffffff that made this prediction is no longer registered"
+    ):
+        explainer.explain(gone, "gradcam", "nv", None)
 
 
 def test_the_log_of_the_ledger_is_copied_into_its_file_while_the_predictor_runs(

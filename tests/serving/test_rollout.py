@@ -184,6 +184,24 @@ def test_what_may_not_be_rolled_out_is_refused(kept: Store, running: Any, tools:
         assert tx.require(ModelRecord, first).status is ModelStatus.REFUSED
 
 
+def test_without_a_champion_and_beyond_its_share_no_rollout_starts(store: Store, tools: Any) -> None:
+    bundle, other = tools.make_bundle(store, 0), tools.make_bundle(store, 1)
+    model_id = candidate(store, bundle)
+    with pytest.raises(UnknownIdError, match="there is no champion yet to compare with; `relook promote` makes one"):
+        begin(store, model_id, 10, actor="test")
+    tools.serve_bundle(store, other)
+    with pytest.raises(RefusedError, match="a rollout starts with at most 99 %"):
+        begin(store, model_id, 100, actor="test")
+    # A model that the gate had refused, with a reason: it is refused still when the rollout ends.
+    with store.ledger.begin() as tx:
+        tx.update(ModelRecord, model_id, status=ModelStatus.REFUSED)
+    rollout = begin(store, model_id, 10, actor="test", reason="a study")
+    roll_back(store, rollout.id, actor="test", why="it is over")
+    with store.ledger.read() as tx:
+        assert tx.require(ModelRecord, model_id).status is ModelStatus.REFUSED
+        assert current_rollout(tx) is None
+
+
 def champion_of(store: Store) -> str:
     with store.ledger.read() as tx:
         return str(serving_id(tx))

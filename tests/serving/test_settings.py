@@ -18,6 +18,12 @@ def test_the_url_has_host_and_port(host: str, url: str) -> None:
     assert ServingSettings(host=host, port=80).url == url
 
 
+def test_bodies_have_to_fit_the_largest_image_twice() -> None:
+    with pytest.raises(ValidationError, match="at least twice max_upload_mb"):
+        ServingSettings(max_upload_mb=20, max_bodies_mb=39)
+    assert ServingSettings(max_upload_mb=20, max_bodies_mb=40, host="localhost").url.startswith("http://localhost:")
+
+
 def test_a_batch_has_to_fit_into_max_in_flight() -> None:
     with pytest.raises(ValidationError, match="raise max_in_flight"):
         ServingSettings(max_batch_size=32, max_in_flight=16)

@@ -19,7 +19,7 @@ from records.types import Decision, FlagReason, Prediction, ReasonCode
 from serving.page.prediction_view import prediction_html
 from serving.responses import prediction_body
 from serving.triage import TriageRules, triage
-from serving.words import DECISION_TITLES, FLAG_WORDS, reason_text, status_text
+from serving.words import DECISION_TITLES, FLAG_WORDS, QUALITY_WORDS, reason_text, status_text
 from vision.inference.suitability import NOTHING_KNOWN, Suitability
 
 TAXONOMY = load_taxonomy("ham10000")
@@ -53,6 +53,19 @@ def test_reasons_name_their_probabilities() -> None:
     assert "Melanoma 14 %" in refer
     assert "together 34 %" in refer
     assert "No class" in reason_text(ReasonCode.PREDICTION_SET, prediction(prediction_set=[]), TAXONOMY)
+
+
+def test_a_bad_image_says_what_is_bad_about_it() -> None:
+    for reason, text in QUALITY_WORDS.items():
+        assert reason_text(ReasonCode.BAD_IMAGE, prediction(quality_reason=reason), TAXONOMY) == text
+    assert reason_text(ReasonCode.BAD_IMAGE, prediction(quality_reason=None), TAXONOMY) not in QUALITY_WORDS.values()
+
+
+def test_without_malignant_classes_a_referral_names_the_key_classes_only() -> None:
+    classes = tuple(one.model_copy(update={"malignant": False}) for one in TAXONOMY.classes)
+    refer = reason_text(ReasonCode.REFER, prediction(), TAXONOMY.model_copy(update={"classes": classes}))
+    assert "Melanoma 14 %" in refer
+    assert "malignant classes together" not in refer
 
 
 def test_a_provisional_model_is_named_as_such() -> None:
