@@ -12,7 +12,6 @@ times that at one. `--rollout` does the same while a copy of the model is at 50 
 import argparse
 import json
 import random
-import socket
 import sys
 import tempfile
 import threading
@@ -26,8 +25,9 @@ from typing import Any
 import psutil
 from rich.progress import Progress
 
-from bench.drills.fake_device import fake_device
 from bench.drills.live_service import Callers
+from bench.serve.fake_device import fake_device
+from bench.serve.peers import free_port
 from records.models import find_bundle, register, serving_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -180,12 +180,6 @@ def start_rollout(store: Store) -> None:
     roll_out(store, copy.id, 50, actor="drill", reason="a drill")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def main() -> int:
     """Train a small model, then run the drill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,7 +205,7 @@ def main() -> int:
             start_rollout(store)
         stack.enter_context(start_ray(ray_settings))
         report = drill(
-            store, images, settings_for(_free_port(), options.most), options.device_ms / 1000,
+            store, images, settings_for(free_port(), options.most), options.device_ms / 1000,
             seconds=options.seconds, kill_every_s=options.kill_every,
         )  # fmt: skip
     holds = not report.failures and report.went_up and report.came_back and report.ratio >= WANTED_RATIO

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,7 @@ from captum.attr import LayerGradCam
 from PIL import Image
 
 from bench.gpu.processes import augmented_images, ddp_images_s
+from bench.gpu.served import served_figures
 from bench.train.raw import raw_rate
 from images.decode import decode_square
 from records.arrays import UInt8Array
@@ -73,13 +74,17 @@ class GpuBench:
         device: `cuda` or `cpu`.
         short: small networks and a moment for each.
         limit_s: no measurement begins later than this.
-        folder: for a bundle.
+        folder: for a bundle and a home.
+        only: names of the measurements to make; empty makes all.
+        fake_s: what a forward pass of a fake device takes, for `served`; None uses the real one.
     """
 
     device: str
     short: bool
     limit_s: float
     folder: Path
+    only: Sequence[str] = ()
+    fake_s: float | None = None
     _reasons: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Figures:
@@ -104,7 +109,7 @@ class GpuBench:
         return self._facts() | figures | {"took_s": took, "reasons": self._reasons}
 
     def _measures(self) -> dict[str, Callable[[], Any]]:
-        return {
+        all_of_them: dict[str, Callable[[], Any]] = {
             "raw_images_s": self._raw,
             "pipeline_images_s": self._pipeline,
             "pipeline_over_raw": self._over_raw,
@@ -112,11 +117,13 @@ class GpuBench:
             "decoded_images_s": self._decoded,
             "ddp_images_s": self._ddp,
             "predictor": self._predictor,
+            "served": self._served,
             "maps_against_captum": self._maps,
             "closeness_to_cpu": self._closeness,
             "gpu_tests": self._tests,
             "dissertation_rows": self._rows,
         }
+        return {name: measure for name, measure in all_of_them.items() if not self.only or name in self.only}
 
     def _facts(self) -> Figures:
         is_gpu = self.device == "cuda" and torch.cuda.is_available()
@@ -231,6 +238,9 @@ class GpuBench:
                 name = f"batch_{size}{'_with_maps' if gradcam else ''}"
                 found[name] = {"images_s": round(size / median, 1), "latency_ms": round(1e3 * median, 3)}
         return found
+
+    def _served(self) -> Figures:
+        return served_figures(self._bundle, self.device, self.folder, self._seconds, self.fake_s)
 
     def _maps(self) -> Figures:
         found = {}

@@ -26,6 +26,9 @@ def check(found: dict[str, Any], names: set[str]) -> None:
     assert set(found["predictor"]) == {"batch_1", "batch_1_with_maps", "batch_8", "batch_8_with_maps"}
     assert found["closeness_to_cpu"] == {"probabilities": 0.0, "maps": 0.0}
     assert found["decoded_images_s"] > 0
+    served = found["served"]
+    assert min(served.values()) > 0
+    assert served["share_of_raw"] == pytest.approx(served["images_s"] / served["raw_images_s"], abs=0.01)
 
 
 def test_the_smallest_network_is_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +54,20 @@ def test_the_short_form_measures_on_a_cpu_without_ray(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     check(json.loads(done.stdout), {"custom_cnn_32", "custom_cnn_64"})
+
+
+def test_the_predictor_of_the_service_is_measured_beside_a_fake_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.gpu.measures.SHORT", SHORT[:1])
+    found = GpuBench("cpu", True, 9999.0, tmp_path, only=("served",), fake_s=0.5).run()
+    assert found["reasons"] == {}
+    assert "raw_images_s" not in found
+    served = found["served"]
+    assert served["raw_images_s"] == 128.0
+    # One batch at a time; where the first and the last batch begin and end makes the rate of few batches inexact.
+    assert 0 < served["share_of_raw"] < 1.5
+    assert served["p50_ms"] >= 500
 
 
 def test_a_machine_without_a_gpu_gets_one_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
