@@ -7,24 +7,27 @@ misses them. The tests of this file share one store and follow one another.
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from bench.drills import incident as drill
 from cluster.cli import run
 from cluster.gate.run import run_gate
+from cluster.incidents.affected import find_affected, was_handled
+from cluster.incidents.evidence import examine, limits_of
 from cluster.incidents.figures import incident_report
 from cluster.incidents.register import close_incident, open_incident
 from cluster.promotion import caller_of, promote_model
 from cluster.settings import Settings
 from images.importer import import_folder
 from records import audit
-from records.bundles import Bundle
+from records.bundles import Bundle, OperatingPoints
 from records.datasets import load_dataset
 from records.erasure import erase_images
 from records.errors import AccessError, DataError, RefusedError, RelookError, TaxonomyError, UnknownIdError
@@ -46,6 +49,7 @@ from records.types import (
     ReviewItem,
     Scope,
 )
+from records.types.incidents import Criterion
 from serving.access.keys import create_key
 from serving.app import create_app
 from serving.erasure import serving_places
@@ -360,13 +364,24 @@ def test_the_command_lists_shows_and_reports(
     assert run(["incident", "open", "--truth", CASE, "--image", "f" * 64]) == 2
 
 
-def test_a_model_is_taken_away_kept_away_and_comes_back_when_the_incident_was_a_mistake(learned: World) -> None:
+def test_a_model_is_taken_away_kept_away_and_comes_back_when_the_incident_was_a_mistake(
+    learned: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert learned.second is not None
     store, settings, second = learned.store, learned.settings, learned.second.id
     assert serving_id_of(store) == second
     (prediction,) = drill.predict(store, settings, learned.sent[:1])
     before = len(cases_of(store))
-    incident = learned.open(prediction=prediction.id, truth="df", then="roll-back")
+    monkeypatch.setenv("RELOOK_HOME", str(store.home.root))
+    arguments = ["incident", "open", "--prediction", prediction.id, "--truth", "df", "--then", "roll-back", "--json"]
+    for scope, code in ((Scope.REVIEW, 2), (Scope.ADMIN, 0)):
+        _, token = create_key(store, name=f"key-{scope}", organisation="a", scopes=[scope], actor="test")
+        monkeypatch.setenv("RELOOK_KEY", token)
+        capsys.readouterr()
+        assert run(arguments) == code
+    shown = json.loads(capsys.readouterr().out)
+    with store.ledger.read() as tx:
+        incident = tx.require(Incident, shown["id"])
     assert serving_id_of(store) == learned.first.id
     assert len(cases_of(store)) == before + 1
     with pytest.raises(RefusedError, match=f"kept from serving by incident {incident.id}"):
@@ -390,6 +405,29 @@ def test_a_model_that_does_not_serve_is_blocked(learned: World) -> None:
     learned.open(prediction=other.id, truth="df", then="block")
     with pytest.raises(RefusedError, match="kept from serving by incident"):
         promote_model(learned.store, learned.settings, learned.first.id, provisional=True)
+
+
+def test_limits_that_a_model_lacks_are_not_listed(world: World) -> None:
+    taxonomy = world.first.document.taxonomy
+    few = OperatingPoints(refer={}, refer_malignant=None, urgent_threshold=None, conformal_thresholds={})
+    bundle: Any = SimpleNamespace(document=world.first.document.model_copy(update={"operating": few}))
+    nothing: Any = SimpleNamespace(confidence=None, suitability=SimpleNamespace(ood_score=None, quality_score=None))
+    even = np.full(len(taxonomy.codes), 1 / len(taxonomy.codes))
+    settings = world.settings.serving
+    assert limits_of(bundle, settings, even, nothing, CASE) == []
+    assert limits_of(world.first, settings, even, nothing, CASE)
+    assert limits_of(world.first, settings, np.full_like(even, np.nan), nothing, CASE) == []
+
+
+def test_another_prediction_of_the_same_image_is_always_affected(world: World) -> None:
+    (first, second) = drill.predict(world.store, world.settings, [world.sent[0], world.sent[0]])
+    seen = examine(world.store, world.settings.serving, first, CASE)
+    case = first.model_copy(update={"probabilities": None, "label": "df", "context": {}})
+    found, _, _ = find_affected(world.store, case, CASE, replace(seen, reach=None))
+    alike = {one.prediction.id: one.criteria for one in found}
+    if not was_handled(second, CASE):
+        assert Criterion.IMAGE in alike[second.id]
+    assert all(Criterion.NEIGHBOURHOOD not in criteria for criteria in alike.values()), "the model has no checks"
 
 
 def test_an_erasure_takes_the_case_out_of_everything(learned: World) -> None:

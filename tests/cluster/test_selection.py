@@ -1,6 +1,7 @@
 """Selection of images for annotators: from the store or from a folder, by every rule."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from cluster.cli import run
-from cluster.selection import pool_of, select_images, take_in_folder
+from cluster.selection import out_of_fold_probabilities, pool_of, select_images, take_in_folder
 from labeling.acquisition.registry import DEFAULT_MIX, RULES
 from records.bundles import (
     Architecture,
@@ -201,3 +202,54 @@ def test_dropout_passes_differ_and_are_reproducible(model: Bundle) -> None:
     np.testing.assert_array_equal(samples, loaded.dropout_samples(pixels, 4, seed=5))
     np.testing.assert_allclose(loaded.dropout_samples(pixels, 1, dropout=0.0)[0], loaded.predict(pixels).probabilities)
     assert loaded.describe(pixels).shape[0] == 3
+
+
+def test_without_usable_images_nothing_is_selected(store: Store, model: Bundle, folder: Path) -> None:
+    assert select_images(store, model, {"random": 3}) == 0
+    among, _ = take_in_folder(store, folder, SIDE_PX)
+    assert take_in_folder(store, folder, SIDE_PX)[0] == among, "known images are not taken in again"
+    assert select_images(store, model, {"random": 0}) == 0
+    shutil.rmtree(store.home.cache)
+    for image_id in among:
+        store.blobs.delete(image_id)
+    assert select_images(store, model, {"random": 3}) == 0
+    assert _items(store) == []
+
+
+def test_the_command_selects_from_the_store(
+    store: Store, model: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take_in_folder(store, folder, SIDE_PX)
+    assert (
+        run(
+            [
+                "label",
+                "select",
+                "--rule",
+                "random",
+                "--budget",
+                "2",
+                "--set",
+                f"records.home={store.home.root}",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    said = json.loads(capsys.readouterr().out)
+    assert (said["selected"], said["pool"]) == (2, None)
+
+
+def test_no_row_is_predicted_from_its_own_group() -> None:
+    """Two classes far apart, and a group whose label is wrong: the others say so. One class has a single group."""
+    chance = np.random.default_rng(0)
+    labels = np.array([0, 1] * 12 + [2, 2])
+    groups = np.array([f"g{row // 2}" for row in range(26)], dtype=object)
+    features = np.stack([3.0 * labels, np.zeros(26)], axis=1) + chance.normal(0, 0.1, (26, 2))
+    wrong = labels.copy()
+    wrong[0] = 1
+    found = out_of_fold_probabilities(features.astype(np.float32), wrong, groups, 4)
+    assert found.sum(axis=1) == pytest.approx(np.ones(26))
+    assert found[:24].argmax(axis=1).tolist() == labels[:24].tolist()
+    assert found[24:, 2].tolist() == [0.0, 0.0], "no other group shows this class"
+    assert found[:, 3].tolist() == [0.0] * 26

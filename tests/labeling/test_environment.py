@@ -10,6 +10,7 @@ import pytest
 
 from labeling.environment import (
     Environment,
+    _Builder,
     environment_of,
     exclusive,
     install,
@@ -19,7 +20,7 @@ from labeling.environment import (
 )
 from labeling.local_server import ServerInfo
 from labeling.settings import LabelingSettings
-from records.errors import ConfigError
+from records.errors import ConfigError, LabelStudioError
 
 
 def test_every_version_is_pinned_and_nothing_else_is_in_the_lock() -> None:
@@ -65,6 +66,46 @@ def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"labeling\.environment .* holds files that Relook did not make"):
         install(Environment(tmp_path), lambda text: None)
     assert theirs.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("script", "sentence"), [("print('no room'); exit(3)", "no room"), ("exit(3)", "exit code 3")])
+def test_an_install_that_fails_says_its_last_line_and_where_all_of_them_are(
+    tmp_path: Path, script: str, sentence: str
+) -> None:
+    environment = Environment(tmp_path / "label-studio")
+    environment.install_log.parent.mkdir(parents=True, exist_ok=True)
+    with (tmp_path / "lock").open("w") as lock:
+        builder = _Builder(environment, lambda text: None, lock.fileno())
+        lines: list[str] = []
+        builder._run([sys.executable, "-c", "print(' Collecting a'); print()"], lines.append)
+        assert lines == ["Collecting a", ""]
+        with pytest.raises(LabelStudioError, match=f"could not be installed: {sentence}; see .*then run `relook label"):
+            builder._run([sys.executable, "-c", script])
+    assert "Collecting a" in environment.install_log.read_text()
+
+
+def test_the_packages_are_counted_while_they_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    lines = ["Collecting a", "Processing ./b", "Using cached c", "Installing collected packages: a, b"]
+    monkeypatch.setattr(_Builder, "_run", lambda self, command, on_line: [on_line(line) for line in lines])
+    environment = Environment(tmp_path / "label-studio")
+    environment.folder.mkdir()
+    _Builder(environment, said.append, 0).install_packages()
+    total = said[0].rpartition(" ")[2]
+    assert said == [
+        f"fetching Label Studio, package 1 of {total}",
+        f"fetching Label Studio, package 2 of {total}",
+        f"unpacking {total} packages of Label Studio (about half a minute)",
+    ]
+
+
+def test_an_install_that_another_process_has_just_ended_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [False, True]
+    monkeypatch.setattr("labeling.environment.is_ready", lambda environment: answers.pop(0))
+    assert install(Environment(tmp_path / "label-studio"), lambda text: None) is False
+    assert answers == []
 
 
 def test_an_interrupted_install_is_started_over(tmp_path: Path) -> None:

@@ -71,6 +71,28 @@ def test_without_json_tables_are_printed(run: Run, tmp_path: Path) -> None:
     assert "groups" in run("versions").stdout
 
 
+def test_many_rows_that_cannot_be_used_are_cut_short(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    synthesize(folder, lesions=20, seed=1, width_px=80)
+    for path in sorted(folder.rglob("*.jpg"))[:30]:
+        path.unlink()
+    said = run("import", folder).stderr
+    refused = said.count("not used (missing)")
+    assert refused < 30
+    assert f"... and {30 - refused} more; --json lists them all" in said
+
+
+def test_an_export_says_what_it_holds_and_an_audit_is_written_as_a_page(run: Run, tmp_path: Path) -> None:
+    folder, page = tmp_path / "data", tmp_path / "audit.html"
+    synthesize(folder, lesions=12, seed=1, width_px=80)
+    version = json.loads(run("import", folder, "--json").stdout)["dataset_id"]
+    exported = run("export", version[:8], "--format", "imagefolder", "--out", tmp_path / "out")
+    assert exported.exit_code == 0
+    assert f"as dataset {version[:12]}; licences: " in " ".join(exported.stdout.split())
+    run("audit", "--out", page)
+    assert "<html" in page.read_text()
+
+
 def test_audit_imports_a_new_folder_first(run: Run, tmp_path: Path) -> None:
     synthesize(tmp_path / "data", lesions=8, seed=1, width_px=80)
     assert json.loads(run("audit", "--data", tmp_path / "data", "--json").stdout)["lesions"] == 8

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from images.importer import open_dataset
 from records.bundles import OperatingPoints, read_bundle
 from records.taxonomy import load_taxonomy
 from trainers.evaluation.evaluate import evaluate, predict_split
+from trainers.evaluation.figures import KeyClassReport, SliceReport
 from trainers.evaluation.report.mistakes import worst_mistakes
 from trainers.evaluation.report.words import cards, warnings_of
 from trainers.evaluation.report.write import write_report
@@ -75,6 +77,51 @@ def test_the_first_screen_says_what_matters(reported):
     assert any("right, every class counting alike" in card.title for card in first)
     assert all(card.text.endswith(".") for card in first)
     assert all(sentence for sentence in warnings_of(evaluation, taxonomy))
+
+
+def test_what_is_not_known_has_no_card(reported):
+    _, _, evaluation = reported
+    taxonomy = load_taxonomy("ham10000")
+    titles = [card.title for card in cards(evaluation, taxonomy)]
+    without = evaluation.model_copy(update={"answered_share": None, "key_class": None})
+    assert set(titles) - {card.title for card in cards(without, taxonomy)} >= {"images left to the model alone"}
+    key = KeyClassReport.model_construct(
+        name="mel", sensitivity=0.9, sensitivity_ci=(0.8, 1.0), lesions=40, specificity=None
+    )
+    (card, *_) = cards(without.model_copy(update={"key_class": key}), taxonomy)
+    assert (card.figure, card.title) == ("90 of 100", "melanoma lesions referred")
+    assert "that are not" not in card.text
+
+
+def test_groups_below_the_average_and_maps_that_show_nothing_are_warned_of(reported):
+    _, _, evaluation = reported
+    taxonomy = load_taxonomy("ham10000")
+    present = sum(report.support > 0 for report in evaluation.per_class.values())
+    low = SliceReport.model_construct(balanced_accuracy=0.1, balanced_accuracy_ci=(0.0, 0.2), classes=present)
+    other = SliceReport.model_construct(balanced_accuracy=0.1, balanced_accuracy_ci=(0.0, 0.2), classes=present - 1)
+    gains = SimpleNamespace(gain_ci=(-0.1, 0.2))
+    useless = SimpleNamespace(
+        insertion=gains, deletion=gains, mask_energy=SimpleNamespace(energy_ci=(0.1, 0.3), area=0.2),
+        randomisation_similarity=0.8,
+    )  # fmt: skip
+    useful = SimpleNamespace(
+        insertion=SimpleNamespace(gain_ci=(0.1, 0.2)), deletion=gains, mask_energy=None, randomisation_similarity=None
+    )
+    changed = evaluation.model_copy(
+        update={
+            "balanced_accuracy": 0.5,
+            "slices": {"body_site": {"back": low, "face": other}},
+            "explanations": useless,
+            "prevalence": {"nv": 1.0},
+        }
+    )
+    said = warnings_of(changed, taxonomy)
+    assert "Below the average by more than chance, by body site: back (10 %)." in said
+    for text in ("no better than shuffled ones", "no more on the lesion", "much like those of an untrained network",
+                 "re-weighted to a stated prevalence"):  # fmt: skip
+        assert any(text in one for one in said), text
+    fine = changed.model_copy(update={"explanations": useful, "slices": {}, "prevalence": None})
+    assert not any("heat maps" in one or "Below the average" in one for one in warnings_of(fine, taxonomy))
 
 
 def test_slices_cover_what_is_known_and_name_what_they_leave_out(reported):

@@ -1,11 +1,13 @@
 """The loop under a real Ray Train: two workers do what one does, a killed worker changes nothing, a folder goes on."""
 
+import asyncio
 import os
 import random
 import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from records.datasets import build_version
-from records.errors import ConfigError, RefusedError, UnavailableError
+from records.errors import ConfigError, DataError, DivergedError, RefusedError, RelookError, UnavailableError
 from records.store import Store
 from trainers.augmentation import load_policy
 from trainers.fitting.distributed import warns_of_scarcity
@@ -227,3 +229,90 @@ def test_a_missing_gpu_is_named(caplog: pytest.LogCaptureFixture) -> None:
         assert asked.wait(600)
     (waits,) = (record.getMessage() for record in caplog.records)
     assert "needs 2 GPUs and Ray has 0" in waits
+
+
+def test_fewer_workers_than_asked_for_may_train_where_they_are_elastic() -> None:
+    from trainers.fitting.distributed import _fewest_workers
+    from trainers.fitting.ray_group import _num_workers
+
+    assert (_num_workers(SETTINGS), _fewest_workers(SETTINGS)) == (2, (2, "workers.count"))
+    elastic = SETTINGS.with_values({"workers.strategy": "elastic", "workers.minimum": 1, "workers.count": 3})
+    assert (_num_workers(elastic), _fewest_workers(elastic)) == ((1, 3), (1, "workers.minimum"))
+
+
+def test_why_a_group_was_lost_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainers.fitting import ray_group
+
+    monkeypatch.setattr(ray_group.ray, "get", lambda value: value)
+
+    def reason(fatal: tuple[str, str] | None, text: str) -> RelookError:
+        channel = SimpleNamespace(fatal=SimpleNamespace(remote=lambda: fatal))
+        return ray_group._reason(channel, RuntimeError(text), tmp_path)
+
+    known = reason(("DivergedError", "the loss is not finite"), "workers failed")
+    assert (type(known), str(known)) == (DivergedError, "the loss is not finite")
+    quoted = reason(None, "Traceback ...\nrecords.errors.DataError: train is empty\n")
+    assert (type(quoted), str(quoted)) == (DataError, "train is empty")
+    lost = reason(None, "workers failed\n\n  the node was lost  \n")
+    assert str(lost) == "training was lost (the node was lost) before its first checkpoint"
+    (tmp_path / ray_group.GROUP_FOLDER / "checkpoint_1").mkdir(parents=True)
+    assert str(reason(None, "")) == (
+        f"training was lost (RuntimeError); the last checkpoint is in {tmp_path}, run it again with --resume"
+    )
+
+
+def test_why_a_task_was_lost_is_said_in_one_sentence(tmp_path: Path) -> None:
+    from trainers.fitting.one_worker import _lost
+    from trainers.fitting.workers import CHECKPOINT_FILE
+
+    lost = str(_lost(tmp_path, MemoryError("no  room\n left")))
+    assert lost == "training was lost (MemoryError: no room left) before its first checkpoint"
+    (tmp_path / CHECKPOINT_FILE).write_bytes(b"")
+    assert str(_lost(tmp_path, MemoryError())).endswith(
+        f"(MemoryError: MemoryError); the last checkpoint is in {tmp_path}, run it again with --resume"
+    )
+
+
+def test_a_node_that_decoded_nothing_opens_the_store_and_the_next_fit_does_not(
+    filled_store: Store, plan: DataPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainers.fitting import one_worker
+
+    job = job_of(filled_store, SETTINGS.with_values({"model.side_px": 33}), plan, tmp_path, POLICY)
+    opened: list[int] = []
+    whole = one_worker.open_store
+    monkeypatch.setattr(one_worker, "open_store", lambda settings: opened.append(1) or whole(settings))
+    first, second = one_worker._opened(job), one_worker._opened(job)
+    assert len(opened) == 1
+    assert np.array_equal(first.pixels.take(np.arange(3)), second.pixels.take(np.arange(3)))
+
+
+def test_what_the_caller_raises_stops_the_run_and_is_raised_again() -> None:
+    from trainers.fitting.channel import Channel, ReportThread
+
+    def refuse(report: EpochReport) -> bool:
+        raise ValueError(report.epoch)
+
+    epoch = EpochReport(
+        epoch=1, train_loss=0.8, val_loss=0.9, val_balanced_accuracy=0.5, val_accuracy=0.6, key_class_sensitivity=None,
+        learning_rate=0.01, images_per_s=812.0, seconds=3.0,
+    ).model_dump()  # fmt: skip
+    silent = ReportThread(None, None)
+    assert silent._ask(epoch) is False
+    silent.raise_if_failed()
+    failing = ReportThread(None, refuse)
+    assert [failing._ask(epoch), failing._ask(epoch)] == [True, True], "asked once"
+    with pytest.raises(ValueError, match="1"):
+        failing.raise_if_failed()
+
+    async def twice() -> list[bool]:
+        channel = Channel()
+        asked = [asyncio.create_task(channel.report(epoch)) for _ in range(2)]
+        assert await channel.next_report() == epoch
+        await channel.reply(1, True)
+        found = [await one for one in asked]
+        await channel.close()
+        assert await channel.next_report() is None, "a repeated epoch is told once"
+        return found
+
+    assert asyncio.run(twice()) == [True, True]
