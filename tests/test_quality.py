@@ -5,12 +5,13 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster.cli import run
-from cluster.model_card import INTENDED_USE, card_page, model_card
+from cluster.model_card import INTENDED_USE, _limits, card_page, model_card
 from images.importer import open_dataset
 from records.bundles import Bundle, OperatingPoints, ReferPoint
 from records.ids import new_id, utc_now
@@ -175,6 +176,25 @@ def test_the_card_has_the_stored_figures_with_their_intervals(filled_store: Stor
     assert any("chose the epoch" in sentence for sentence in card.limits)
     assert card.status == "registered"
     assert not re.search(r"\b(nan|inf|None|null)\b", page)
+
+
+def test_what_limits_a_model_is_said_of_what_is_stored(filled_store: Store, bundle: Bundle) -> None:
+    card = model_card(filled_store, bundle)
+    assert card.data is not None
+    operating = bundle.document.operating
+    target = operating.model_copy(update={"decision": operating.decision.model_copy(update={"point": "target"})})
+    other: Any = SimpleNamespace(document=bundle.document.model_copy(update={"operating": target}))
+    fewer = card.data.model_copy(update={"images_when_made": card.data.images + 3})
+    elsewhere = card.figures[0].model_copy(
+        update={"evaluation": card.figures[0].evaluation.model_copy(update={"dataset_id": None})}
+    )
+    said = _limits(other, [elsewhere], fewer)
+    assert "mel: it is referred at the point `target`, an estimate of a sensitivity of 0.9" in said[0]
+    assert "3 images it was made with were erased or withdrawn since; it keeps what it learned of them." in said
+    assert any(one.startswith("On a folder of labelled images: ") for one in said)
+    proven = operating.model_copy(update={"refer": {"mel": operating.refer["mel"].model_copy(update={"proven": True})}})
+    other.document = bundle.document.model_copy(update={"operating": proven})
+    assert not any(one.startswith("mel: ") for one in _limits(other, [], None))
 
 
 def test_the_data_sheet_counts_what_the_dataset_holds(filled_store: Store, bundle: Bundle) -> None:

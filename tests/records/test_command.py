@@ -1,4 +1,6 @@
+import io
 import json
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +10,20 @@ import pytest
 import typer
 from click.testing import Result as CliResult
 from pydantic import BaseModel
+from rich.console import Console
 from typer.testing import CliRunner
 
-from records.command import PRESET_NAMES, RAY_STARTER, Call, JsonCall, emit, group_verb, verb
+from records.command import (
+    PRESET_NAMES,
+    RAY_STARTER,
+    Call,
+    JsonCall,
+    emit,
+    figures_table,
+    group_verb,
+    until_stopped,
+    verb,
+)
 from records.errors import ContractError
 from records.store import Store
 
@@ -175,3 +188,21 @@ def test_without_json_the_text_is_printed(capsys: pytest.CaptureFixture[str]) ->
     emit(False, {"x": 1}, "as text")
     emit(False, {"x": 1})
     assert capsys.readouterr().out == "as text\n"
+
+
+def test_a_verb_that_waits_ends_normally_when_it_is_stopped_and_not_otherwise() -> None:
+    for ending in (KeyboardInterrupt(), SystemExit(128 + signal.SIGTERM)):
+        with until_stopped():
+            raise ending
+    with pytest.raises(SystemExit), until_stopped():
+        raise SystemExit(1)
+
+
+def test_figures_are_rows_and_what_was_not_measured_has_its_reason() -> None:
+    figures = {"images_per_s": 12.34567, "runs": 3, "p99_s": None, "reasons": {"p99": "too few requests"}}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(figures_table("bench", figures))
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
+    assert [row for row in cells if row] == [
+        ["images per s", "12.346"], ["runs", "3"], ["p99 s", "too few requests"],
+    ]  # fmt: skip

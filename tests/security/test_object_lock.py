@@ -4,6 +4,8 @@ Where RELOOK_TEST_S3 names a bucket with object lock (and a default retention), 
 the anchor forget; elsewhere a local server lists versions as S3 does.
 """
 
+import base64
+import hashlib
 import os
 import threading
 import uuid
@@ -12,7 +14,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow.fs
@@ -25,7 +27,7 @@ from records.anchor import Head, write_head
 from records.blobs import open_filesystem
 from records.errors import UnavailableError
 from records.ledger.tables import TABLES
-from records.locked_objects import Bucket, bucket_of, names_ever_stored, signed_headers
+from records.locked_objects import Bucket, bucket_of, names_ever_stored, signed_headers, write_object
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent
@@ -46,8 +48,32 @@ def test_a_request_is_signed_as_in_amazons_example() -> None:
     )
 
 
+def test_a_body_and_a_session_are_signed_with_their_headers() -> None:
+    bucket = Bucket("https://s3.amazonaws.com", "b", "us-east-1", "key", "secret", "a-token")
+    headers = signed_headers(bucket, "PUT", "b.s3.amazonaws.com", "/k", {}, datetime(2026, 1, 1, tzinfo=UTC), b"head")
+    assert headers["content-md5"] == base64.b64encode(hashlib.md5(b"head", usedforsecurity=False).digest()).decode()
+    assert headers["x-amz-security-token"] == "a-token"
+    assert (
+        "SignedHeaders=content-md5;host;x-amz-content-sha256;x-amz-date;x-amz-security-token,"
+        in (headers["Authorization"])
+    )
+
+
 class Versions(BaseHTTPRequestHandler):
-    """Lists three versions on two pages; one is hidden by a marker."""
+    """Lists three versions on two pages; one is hidden by a marker. Takes objects, except of one bucket."""
+
+    stored: ClassVar[dict[str, bytes]] = {}
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        refused = self.path.startswith("/refusing/")
+        if not refused:
+            self.stored[urlsplit(self.path).path] = data
+        body = b"Access  Denied" if refused else b""
+        self.send_response(REFUSED if refused else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -98,6 +124,13 @@ def test_every_page_of_versions_is_read_and_markers_are_no_objects(server: Any) 
         names_ever_stored(server, "refusing/at")
     with pytest.raises(UnavailableError, match="in no XML"):
         names_ever_stored(server, "broken/at")
+
+
+def test_a_head_is_put_with_its_checksum_and_a_refusal_is_a_sentence(server: Any) -> None:
+    write_object(server, "bucket/at/3", b"a head")
+    assert Versions.stored == {"/bucket/at/3": b"a head"}
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:\d+ responded 403: Access Denied$"):
+        write_object(server, "refusing/at/3", b"a head")
 
 
 @pytest.mark.parametrize("where", ["environment", "nowhere"])
