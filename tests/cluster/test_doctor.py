@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.doctor import Check, examine, fit_cpus
+from cluster.doctor import Check, _holder, examine, fit_cpus
 from cluster.presets import PRESETS
 from cluster.settings import Settings
 from cluster.sources import load_settings
@@ -197,11 +197,11 @@ def test_gpus_of_the_service_are_compared_with_what_there_is(tmp_path: Path) -> 
 
 
 def test_a_port_of_a_process_that_may_not_be_seen_is_taken_all_the_same(
-    tmp_path: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch
+    taken_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.doctor.psutil.net_connections", lambda kind: [])
-    port = _look(_settings(tmp_path, f"serving.port={taken_port}"), "port")
-    assert (port.state, port.detail) == ("fail", f"{taken_port} is taken by another program")
+    assert _holder("127.0.0.1", taken_port) == "another program"
+    assert _holder("127.0.0.1", free_port()) is None
 
 
 def test_a_cluster_that_responds_and_shared_memory_that_is_too_small(

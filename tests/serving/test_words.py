@@ -14,7 +14,7 @@ import serving
 from records.arrays import FloatArray
 from records.bundles import OperatingPoints, ReferPoint
 from records.ids import utc_now
-from records.taxonomy import load_taxonomy
+from records.taxonomy import Taxonomy, load_taxonomy
 from records.types import Decision, FlagReason, Prediction, ReasonCode
 from serving.page.prediction_view import prediction_html
 from serving.responses import prediction_body
@@ -62,8 +62,11 @@ def test_a_bad_image_says_what_is_bad_about_it() -> None:
 
 
 def test_without_malignant_classes_a_referral_names_the_key_classes_only() -> None:
-    classes = tuple(one.model_copy(update={"malignant": False}) for one in TAXONOMY.classes)
-    refer = reason_text(ReasonCode.REFER, prediction(), TAXONOMY.model_copy(update={"classes": classes}))
+    said = TAXONOMY.model_dump()
+    none_malignant = Taxonomy.model_validate(
+        {**said, "classes": [one | {"malignant": False} for one in said["classes"]]}
+    )
+    refer = reason_text(ReasonCode.REFER, prediction(), none_malignant)
     assert "Melanoma 14 %" in refer
     assert "malignant classes together" not in refer
 
