@@ -22,6 +22,7 @@ import psutil
 from rich.progress import Progress
 
 from bench.train.peers import Peers
+from bench.train.plans import Plan, busy_neighbour, plans, two_share
 from bench.train.raw import raw_rate
 from images.importer import import_folder
 from images.synth import synthesize
@@ -108,16 +109,19 @@ class Bench:
     def run(self) -> Figures:
         """Measure everything; what cannot be measured is None, with its reason under `reasons`."""
         cores = len(os.sched_getaffinity(0))
-        alone = _like(self.settings, {"workers.count": 1, "workers.threads": cores})
+        alone = self._under({"count": 1, "threads": cores})
         load = os.getloadavg()[0]
         first_start = self._start_s(self.plan, "first start")
         before = raw_rate(alone, len(self.store.taxonomy.codes))
         plan = self._cut(before)
         watch = MemoryWatch()
         with watch:
-            pipeline = self._pipeline_rate(alone, plan, "one")
+            rates = self._rates(plan, cores, "alone")
+        default, pipeline = next(iter(rates.items()))
         raw = (before + raw_rate(alone, len(self.store.taxonomy.codes))) / 2
-        shared = self._two_workers(plan, cores)
+        shared = self._of_two_workers(rates, cores)
+        with busy_neighbour(cores):
+            beside = self._rates(plan, cores, "beside a neighbour")
         starts = statistics.median(self._start_s(plan, f"start {number}") for number in range(STARTS))
         one, two = (feeder_rate(self.store, alone, plan, feeders) for feeders in (1, 2))
         peers = Peers(self.store, self.settings, plan, self.folder, raw)
@@ -128,6 +132,8 @@ class Bench:
             "pipeline_over_plain_fp32": _ratio(pipeline, plain),
             "pipeline_over_lightning": _ratio(pipeline, lightning),
             "ddp2_over_single": _ratio(shared, pipeline),
+            "default_over_best_plan": _ratio(pipeline, max(rates.values())),
+            "beside_a_neighbour": _ratio(beside[default], pipeline),
             "feeder_scaling_2": _ratio(two, one),
             "fit_start_s": round(starts, 1),
             "fit_first_start_s": round(first_start, 1),
@@ -136,7 +142,8 @@ class Bench:
             "pipeline_images_s": _round(pipeline),
             "plain_fp32_images_s": _round(plain),
             "lightning_images_s": _round(lightning),
-            "ddp2_images_s": _round(shared),
+            "plans_images_s": rates,
+            "plans_beside_a_neighbour_images_s": beside,
             "model": alone.model.name,
             "side_px": alone.model.side_px,
             "batch_size": alone.images_per_step,
@@ -160,16 +167,22 @@ class Bench:
         rows = np.r_[0:num_train, self.plan.num_train : min(self.plan.num_train + VAL_IMAGES, len(self.plan.labels))]
         return DataPlan([self.plan.image_ids[row] for row in rows], self.plan.labels[rows], num_train)
 
-    def _two_workers(self, plan: DataPlan, cores: int) -> float | None:
-        if cores < 2:
-            self._reasons["ddp2_over_single"] = "this machine has one core"
-            return None
-        if self.settings.images_per_step % (2 * self.settings.optimizer.accumulate_steps):
-            self._reasons["ddp2_over_single"] = "two workers cannot share this batch_size evenly"
-            return None
-        return self._pipeline_rate(
-            _like(self.settings, {"workers.count": 2, "workers.threads": cores // 2}), plan, "two"
-        )
+    def _rates(self, plan: DataPlan, cores: int, where: str) -> dict[str, float]:
+        """Return the rate of the pipeline under each plan, by its name, the default's first."""
+        return {
+            name: round(self._pipeline_rate(self._under(workers), plan, f"{name} {where}"), 1)
+            for name, workers in plans(self.settings, cores).items()
+        }
+
+    def _under(self, workers: Plan) -> TrainersSettings:
+        return _like(self.settings, {f"workers.{name}": value for name, value in workers.items()})
+
+    def _of_two_workers(self, rates: dict[str, float], cores: int) -> float | None:
+        if two_share(self.settings, cores):
+            return list(rates.values())[-1]
+        reason = "two workers cannot share this batch_size evenly" if cores > 1 else "this machine has one core"
+        self._reasons["ddp2_over_single"] = reason
+        return None
 
     def _start_s(self, plan: DataPlan, name: str) -> float:
         """Return the seconds from the call of a fit by one worker to its first step."""

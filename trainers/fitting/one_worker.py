@@ -40,8 +40,8 @@ def fit_on_one_worker(job: Job, channel: Any, use_gpu: bool) -> Checkpoint:
         RelookError: what the training raised.
     """
     workers = job.settings.workers
-    # Ray gives the next fit the same process, which has imported torch already, and ends an idle one where its session
-    # has more processes than CPUs. One that used a GPU ends with its task, which frees all of the GPU's memory.
+    # Ray gives the next fit the same process, which has imported torch already; a local session ends one that is idle
+    # for a minute. One that used a GPU ends with its task, which frees all of the GPU's memory.
     task = ray.remote(max_calls=1 if use_gpu else 0)(_train_in_task).options(
         name=TASK_NAME,
         num_cpus=threads_of(workers),
