@@ -135,7 +135,7 @@ def import_images(
     from records.progress import progress
 
     # Decoded at the size that training will use, so that the first training need not decode again.
-    more.setdefault("side_px", (home.settings.trainers.model.side_px,))
+    more.setdefault("frames", (home.settings.trainers.model.frame,))
     more |= {"columns": dict(columns or {}), "labels": dict(labels or {}), "table": _path(table), "layout": layout}
     with progress() as bar:
         return import_folder(home.store, Path(folder), in_place=in_place, correct=correct, progress=bar, **more)

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.overlay import image_png
 from records import audit
 from records.cursors import set_position
 from records.errors import RelookError, UnavailableError, UnknownIdError
+from records.frames import Frame
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
@@ -199,7 +200,7 @@ def _images(store: Store, prediction_ids: list[str]) -> list[str]:
     drawn = []
     for image in images:
         try:
-            drawn.append(base64.b64encode(image_png(decode_square(read_image(store, image), _SIDE_PX))).decode())
+            drawn.append(base64.b64encode(image_png(decode_frame(read_image(store, image), Frame(_SIDE_PX)))).decode())
         except RelookError as error:
             logger.warning("image %s is not shown: %s", image.id[:12], error)
     return drawn

@@ -36,7 +36,7 @@ def import_from_project(call: Call, url: str, project_id: int, about: "ProjectOp
             allowed_hosts=about.allowed_hosts,
             correct=about.correct,
             method=call.settings.labeling.consensus,
-            side_px=(call.settings.trainers.model.side_px,),
+            frames=(call.settings.trainers.model.frame,),
             progress=bar,
         )
     print_refusals(found.report)

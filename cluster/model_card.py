@@ -16,6 +16,7 @@ from cluster.provenance import stored_test_figures
 from images.export import SourceOfImages, sources_of
 from records.bundles import Bundle, BundleDocument, PointName, Rule
 from records.datasets import DatasetVersion, load_dataset
+from records.frames import Crop, Frame
 from records.settings import first_problem
 from records.store import Store, find_images
 from records.types import LABEL_RANK, DatasetRecord, Image, ModelRecord, Split
@@ -76,6 +77,7 @@ class ModelCard(_Part):
     status: str | None = Field(description="null if the model is not registered in this home")
     architecture: str
     side_px: int
+    crop: Crop
     taxonomy: str
     classes: dict[str, str] = Field(description="code to name, in class order")
     malignant: list[str]
@@ -118,6 +120,7 @@ def model_card(store: Store, bundle: Bundle) -> ModelCard:
         status=record.status.value if record else None,
         architecture=document.architecture.name,
         side_px=document.geometry.side_px,
+        crop=document.geometry.crop,
         taxonomy=f"{document.taxonomy.name}, version {document.taxonomy.version}",
         classes={one.code: one.name for one in document.taxonomy.classes},
         malignant=list(document.taxonomy.malignant_codes),
@@ -284,7 +287,10 @@ def card_page(card: ModelCard) -> str:
         [
             ("model", card.model_id),
             ("status here", card.status or "not registered in this home"),
-            ("network", f"{card.architecture}, {card.side_px} x {card.side_px} pixels"),
+            (
+                "network",
+                f"{card.architecture}, {card.side_px} x {card.side_px} pixels of {Frame(card.side_px, card.crop).part}",
+            ),
             ("taxonomy", card.taxonomy),
             ("classes", ", ".join(f"{code} ({name})" for code, name in card.classes.items())),
             ("malignant", ", ".join(card.malignant) or "none"),

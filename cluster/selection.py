@@ -39,6 +39,7 @@ from records.context import Value, context_of_image
 from records.datasets import load_dataset
 from records.erasure import remove_expired_tombstones
 from records.errors import DataError
+from records.frames import Crop, Frame
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
@@ -114,7 +115,7 @@ def select_from(
     for name in wanted:
         rule_named(name)
     if folder is not None:
-        among, refused = take_in_folder(store, folder, bundle.document.geometry.side_px)
+        among, refused = take_in_folder(store, folder, bundle.document.geometry.frame)
     chosen = select_images(store, bundle, wanted, among=among, seed=seed, prevalence=prevalence)
     pool = None if among is None else len(among)
     is_one = rule is not None and not mix
@@ -128,13 +129,13 @@ def _wanted(rule: str | None, mix: Mapping[str, int] | None, budget: int) -> dic
     return budgets_of(DEFAULT_MIX, budget) if rule is None else {rule: budget}
 
 
-def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:
+def take_in_folder(store: Store, folder: Path, frame: Frame) -> tuple[list[str], list[str]]:
     """Import the images of a folder that the ledger does not know yet, with consent for training.
 
     Args:
         store: to import into.
         folder: is searched with its subfolders.
-        side_px: side length of the decoded images in the cache.
+        frame: for which the images are decoded into the cache.
     Returns:
         Ids of the usable images in the folder, and one sentence for each unusable one.
     Raises:
@@ -150,7 +151,7 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
     erased = frozenset(i.id for i in known.values() if i.is_erased_for_good)
     usable: dict[str, Image] = {}
     refused = [f"{LINE.keep(path.name)}: {why}" for path, why in listing.unreadable]
-    for taken in Intake(store, (side_px,), in_place=False, known_hashes=hashes, erased=erased).run(paths):
+    for taken in Intake(store, (frame,), in_place=False, known_hashes=hashes, erased=erased).run(paths):
         if taken.refusal is not None:
             refused.append(f"{LINE.keep(taken.path.name)}: {taken.refusal}")
             continue
@@ -222,7 +223,7 @@ def pool_of(
     """
     # Features and dropout passes multiply the cost of the pool, so only what the rules read is computed.
     needs = {need for rule in rules for need in rule_named(rule).needs}
-    cache = PixelCache(store.home.cache, model.geometry.side_px)
+    cache = PixelCache(store.home.cache, model.geometry.frame)
     ids = [image.id for image in images]
     cache.ensure(store, ids)
     rows = cache.rows(ids)
@@ -330,7 +331,7 @@ def select_images(
     if not images or not any(budgets.values()):
         return 0
     model = load_model(bundle)
-    cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
+    cache = PixelCache(store.home.cache, bundle.document.geometry.frame)
     usable = set(_decoded(store, cache, [image.id for image in images]))
     images = [image for image in images if image.id in usable]
     if not images:
@@ -341,19 +342,20 @@ def select_images(
     chosen = interleaved(choose_mixed(budgets, pool, seed=seed, prevalence=prevalence))
     rows = cache.rows([images[row].id for row in chosen])
     items: list[ReviewItem] = []
+    crop = model.geometry.crop
     # Heat maps are computed here and not for the pool, since only the few selected images need one.
     for batch in _batches(len(chosen)):
         output = model.predict(rows.take(batch), gradcam=True, context=_known(images, [chosen[row] for row in batch]))
         labels = labels_of(output.probabilities, model.decision)
         for i, row in enumerate(batch.tolist()):
-            items.append(_item(images[chosen[row]], output, i, int(labels[i]), 1.0 - row / len(chosen)))
+            items.append(_item(images[chosen[row]], output, i, int(labels[i]), crop, 1.0 - row / len(chosen)))
     with store.ledger.begin() as tx:
         tx.add(*items)
         within(tx, len(items))
     return len(items)
 
 
-def _item(image: Image, output: BatchOutput, row: int, label: int, priority: float) -> ReviewItem:
+def _item(image: Image, output: BatchOutput, row: int, label: int, crop: Crop, priority: float) -> ReviewItem:
     # Without finite probabilities there is no predicted class whose map could be shown; the item says why.
     finite = bool(output.finite[row])
     heat_map = None
@@ -366,6 +368,7 @@ def _item(image: Image, output: BatchOutput, row: int, label: int, priority: flo
         reasons=[ReasonCode.SELECTED] if finite else [ReasonCode.SELECTED, ReasonCode.NON_FINITE],
         priority=priority,
         heat_map=heat_map,
+        crop=crop,
     )
 
 
@@ -409,7 +412,7 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
 
 def described(store: Store, model: LoadedModel, rows: pd.DataFrame) -> tuple[pd.DataFrame, Float32Array]:
     """Return the rows of a manifest whose images can be decoded and described, and their features [N, D]."""
-    cache = PixelCache(store.home.cache, model.geometry.side_px)
+    cache = PixelCache(store.home.cache, model.geometry.frame)
     rows = rows[rows["image_id"].isin(_decoded(store, cache, list(rows["image_id"])))]
     cached = cache.rows(list(rows["image_id"]))
     parts = [model.describe(cached.take(batch)) for batch in _batches(len(rows))]

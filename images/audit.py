@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from images.cache import PixelCache
 from images.grouping import near_pairs
-from images.near_duplicates import HASH_SIDE_PX
+from images.near_duplicates import HASH_FRAME
 from images.quality import QualityOutlier, measure, quality_outliers
 from records.datasets import DatasetVersion
 from records.grouping import SPLIT_SHARES
@@ -280,7 +280,7 @@ def _two_diagnoses(rows: pd.DataFrame, lesions: "pd.Series[str]") -> list[str]:
 def _quality(store: Store, images: list[Image], progress: Progress | None) -> list[QualityOutlier]:
     image_ids = [image.id for image in images]
     # The side of the near-duplicate search, so that its pixels are reused.
-    cache = PixelCache(store.home.cache, HASH_SIDE_PX)
+    cache = PixelCache(store.home.cache, HASH_FRAME)
     cache.ensure(store, image_ids, progress)
     return quality_outliers(measure(cache.rows(image_ids)), [image.source_id or image.id for image in images])
 

@@ -13,7 +13,7 @@ from PIL import Image as PillowImage
 
 from images.audit import FEW_LESIONS, AuditReport
 from images.cache import PixelCache
-from images.near_duplicates import HASH_SIDE_PX
+from images.near_duplicates import HASH_FRAME
 from records.datasets import DatasetVersion
 from records.durable import make_folders, write_file
 from records.store import Store, find_images
@@ -33,7 +33,7 @@ def write_audit_page(store: Store, dataset: DatasetVersion, report: AuditReport,
     """
     images = find_images(store, dataset.rows["image_id"].tolist())
     id_of = {image.source_id or image.id: image.id for image in images}
-    cache = PixelCache(store.home.cache, HASH_SIDE_PX)
+    cache = PixelCache(store.home.cache, HASH_FRAME)
 
     def example(image_id: str) -> str:
         buffer = io.BytesIO()

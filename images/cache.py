@@ -1,6 +1,6 @@
 """The pixel cache: every image decoded once, memory-mapped, shared by all trials and workers of a node.
 
-The cache of one side and decode version is a folder of segments. A segment is two files: `NAME.u8` with N rows of
+The cache of one frame and decode version is a folder of segments. A segment is two files: `NAME.u8` with N rows of
 S x S x 3 bytes, and `NAME.ids` with N image ids of 32 bytes. Both are written under a temporary name and renamed, the
 ids last, so a visible segment is complete. Two concurrent writers at worst store a row twice. The folder may be
 deleted at any time.
@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from images.decode import DECODE_VERSION, decode_square
+from images.decode import DECODE_VERSION, decode_frame
 from images.fetched import forget_fetched
 from images.parallel import chunks_of, map_in_order
 from records.arrays import IntArray, UInt8Array
 from records.durable import make_folders, write_file
 from records.erasure import Place, erased_ids
 from records.errors import ContractError, DataError, UnavailableError
+from records.frames import Frame
 from records.ids import new_id
 from records.store import Store, find_images, read_image
 from records.types import Image
@@ -90,16 +91,16 @@ class PixelRows:
 
 
 class PixelCache:
-    """The cache of one side. Opening it reads only the ids: 10,000 images take a few milliseconds.
+    """The cache of one frame. Opening it reads only the ids: 10,000 images take a few milliseconds.
 
     Args:
         folder: the cache folder of the home.
-        side_px: S, at least 1.
+        frame: as a network takes it, of side S.
     """
 
-    def __init__(self, folder: Path, side_px: int) -> None:
-        self.side_px = side_px
-        self.folder = folder / f"{side_px}px-v{DECODE_VERSION}"
+    def __init__(self, folder: Path, frame: Frame) -> None:
+        self.frame, self.side_px = frame, frame.side_px
+        self.folder = folder / f"{frame.name}-v{DECODE_VERSION}"
         self._paths: list[Path] = []
         self._seen: set[str] = set()
         self._place: dict[str, tuple[int, int]] = {}
@@ -158,7 +159,7 @@ class PixelCache:
         images = find_images(store, missing)
 
         def decode(chunk: Sequence[Image]) -> UInt8Array:
-            return np.stack([decode_square(read_image(store, image), self.side_px) for image in chunk])
+            return np.stack([decode_frame(read_image(store, image), self.frame) for image in chunk])
 
         task = progress.add_task(f"Decoding at {self.side_px} px", total=len(missing)) if progress else None
         writer = SegmentWriter(self)
@@ -286,7 +287,7 @@ def blank_pixels(cache: Path, image_ids: Collection[str]) -> int:
     """
     wanted = {bytes.fromhex(image_id) for image_id in image_ids}
     blanked = 0
-    for ids_path in sorted(cache.glob("*px-v*/*.ids")):
+    for ids_path in sorted(cache.glob("*px*-v*/*.ids")):
         ids = ids_path.read_bytes()
         pixels_path = ids_path.with_suffix(".u8")
         rows = [at for at in range(0, len(ids), _ID_BYTES) if ids[at : at + _ID_BYTES] in wanted]

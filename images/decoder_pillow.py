@@ -17,9 +17,8 @@ from PIL import ImageCms
 
 from records.arrays import UInt8Array
 from records.errors import ImageError
+from records.frames import Box, Frame
 from records.images import FORMATS, damaged, image_size
-
-Box = tuple[float, float, float, float]
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSES = {
@@ -44,11 +43,11 @@ class Wanted:
     """What is to be made of an image.
 
     Args:
-        sides_px: sides of the centre squares; empty for the whole image.
-        max_side_px: longer side of the whole image, at most; None keeps its size.
+        frames: what is taken of it; empty for the image at its own size.
+        max_side_px: the longer side is reduced to this where there are no frames; None keeps the size.
     """
 
-    sides_px: tuple[int, ...] = ()
+    frames: tuple[Frame, ...] = ()
     max_side_px: int | None = None
 
 
@@ -57,14 +56,14 @@ def decode_here(stripped: bytes, wanted: Wanted) -> list[UInt8Array]:
 
     Args:
         stripped: a file without metadata.
-        wanted: squares, or the whole image.
+        wanted: frames, or the image at its own size.
     Returns:
-        One [S, S, 3] per side, or one [H, W, 3].
+        [H, W, 3] for each frame, or of the image.
     Raises:
         ImageError: the file is damaged, or has too many pixels.
     """
     try:
-        return _squares(stripped, wanted.sides_px) if wanted.sides_px else [_whole(stripped, wanted.max_side_px)]
+        return _framed(stripped, wanted.frames) if wanted.frames else [_complete(stripped, wanted.max_side_px)]
     except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning) as error:
         raise ImageError("the image has too many pixels; send a smaller one", "too_many_pixels") from error
     except _DAMAGE as error:
@@ -73,27 +72,28 @@ def decode_here(stripped: bytes, wanted: Wanted) -> list[UInt8Array]:
         ) from error
 
 
-def _squares(data: bytes, sides_px: tuple[int, ...]) -> list[UInt8Array]:
-    squares: list[UInt8Array] = []
-    # Sides that need the same JPEG scale share one decode.
+def _framed(data: bytes, frames: tuple[Frame, ...]) -> list[UInt8Array]:
+    found: list[UInt8Array] = []
+    # Frames that need the same JPEG scale share one decode.
     by_scale: dict[int, tuple[PillowImage.Image, Box]] = {}
-    for side_px in sides_px:
+    for frame in frames:
         image = _opened(data)
-        scale = _draft_scale(image, side_px)
+        box, size = frame.box(*image.size), frame.size(*image.size)
+        scale = _draft_scale(image, min((box[2] - box[0]) // size[0], (box[3] - box[1]) // size[1]))
         if scale not in by_scale:
-            box = _load(image, scale)
-            by_scale[scale] = _plain_mode(image), box
-        squares.append(_finish(_centre(*by_scale[scale], side_px), image))
-    return squares
+            by_scale[scale] = _loaded(image, scale)
+        plain, (_, _, width_px, height_px) = by_scale[scale]
+        part = plain.resize(size, PillowImage.Resampling.BICUBIC, box=frame.box(width_px, height_px))
+        found.append(_finish(part, image))
+    return found
 
 
-def _whole(data: bytes, max_side_px: int | None) -> UInt8Array:
+def _complete(data: bytes, max_side_px: int | None) -> UInt8Array:
     image = _opened(data)
     longer_px = max(image.size)
     factor = 1.0 if max_side_px is None else min(1.0, max_side_px / longer_px)
     wanted = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    box = _load(image, _draft_scale(image, min(wanted)))
-    plain = _plain_mode(image)
+    plain, box = _loaded(image, _draft_scale(image, min(image.size) // min(wanted)))
     if plain.size != wanted:
         plain = plain.resize(wanted, PillowImage.Resampling.BICUBIC, box=box)
     return _finish(plain, image)
@@ -107,24 +107,23 @@ def _opened(data: bytes) -> PillowImage.Image:
     return image
 
 
-def _draft_scale(image: PillowImage.Image, side_px: int) -> int:
-    """Return the factor by which a JPEG may be reduced while it is decoded: 1, 2, 4 or 8."""
+def _draft_scale(image: PillowImage.Image, ratio: float) -> int:
+    """Return the factor by which a JPEG may be reduced while it is decoded, 1, 2, 4 or 8: at most `ratio`."""
     if image.format not in ("JPEG", "MPO"):
         return 1
-    # Only whole reductions that leave at least the wanted side; resizing does the rest.
-    ratio = min(image.size) // side_px
+    # Only whole reductions that leave at least the wanted sides; resizing does the rest.
     return next((scale for scale in (8, 4, 2) if ratio >= scale), 1)
 
 
-def _load(image: PillowImage.Image, scale: int) -> Box:
-    """Decode and return the box of the decoded image that is not padding."""
+def _loaded(image: PillowImage.Image, scale: int) -> tuple[PillowImage.Image, Box]:
+    """Decode to L, RGB or CMYK, and return the box of the result that is not padding."""
     width_px, height_px = image.size
     if scale > 1:
         # libjpeg scales in the frequency domain, which costs a fraction of a full decode. Rounded up to whole
         # blocks, the result may end in padding, so the exact box is returned.
         image.draft(None, (width_px // scale, height_px // scale))
     image.load()
-    return (0.0, 0.0, width_px / scale, height_px / scale)
+    return _plain_mode(image), (0.0, 0.0, width_px / scale, height_px / scale)
 
 
 def _plain_mode(image: PillowImage.Image) -> PillowImage.Image:
@@ -146,15 +145,6 @@ def _on_white(image: PillowImage.Image) -> PillowImage.Image:
         white = PillowImage.new("RGBA", band.size, (255, 255, 255, 255))
         plain.paste(PillowImage.alpha_composite(white, band).convert("RGB"), (0, top))
     return plain
-
-
-def _centre(plain: PillowImage.Image, box: Box, side_px: int) -> PillowImage.Image:
-    _, _, width, height = box
-    shorter = min(width, height)
-    left, top = (width - shorter) / 2, (height - shorter) / 2
-    return plain.resize(
-        (side_px, side_px), PillowImage.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter)
-    )
 
 
 def _finish(plain: PillowImage.Image, source: PillowImage.Image) -> UInt8Array:

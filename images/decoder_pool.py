@@ -27,6 +27,7 @@ from images.parallel import num_threads
 from images.settings import ImagesSettings
 from records.arrays import UInt8Array
 from records.errors import ImageError, UnavailableError
+from records.frames import Frame
 from records.images import too_costly
 
 START_TIMEOUT_S = 60.0
@@ -66,8 +67,9 @@ class DecoderPool:
             ImageError: the file is damaged, or code `too_costly` if it exceeds a limit or its decoder was killed.
             UnavailableError: no decoder process starts.
         """
-        asked = {"sides_px": list(wanted.sides_px), "max_side_px": wanted.max_side_px}
-        document, body = self._reply(stripped, asked, sum(side_px**2 for side_px in wanted.sides_px) or pixels)
+        frames = [(frame.side_px, frame.crop, frame.squeezed) for frame in wanted.frames]
+        asked = {"frames": frames, "max_side_px": wanted.max_side_px}
+        document, body = self._reply(stripped, asked, sum(side_px**2 for side_px, _, _ in frames) or pixels)
         return _arrays(document, body, wanted)
 
     def decode_dicom(self, data: bytes) -> tuple[UInt8Array, dict[str, Any]]:
@@ -211,14 +213,19 @@ class _Decoder:
 def _arrays(document: Mapping[str, Any], body: memoryview, wanted: Wanted) -> list[UInt8Array]:
     """Cut the reply into arrays; a decoder that was taken over may send anything, so nothing is taken on trust."""
     shapes = [(int(height), int(width), 3) for height, width in document["shapes"]]
-    asked = [(side_px, side_px, 3) for side_px in wanted.sides_px]
-    if (asked and shapes != asked) or len(shapes) != (len(asked) or 1) or min(min(s) for s in shapes) < 1:
+    fit = [_fits(height, width, frame) for (height, width, _), frame in zip(shapes, wanted.frames, strict=False)]
+    if not all(fit) or len(shapes) != (len(wanted.frames) or 1) or min(min(s) for s in shapes) < 1:
         raise UnavailableError("a decoder process sent pixels of another size than asked for")
     flat = np.frombuffer(body, dtype=np.uint8)
     if len(flat) != sum(height * width * 3 for height, width, _ in shapes):
         raise UnavailableError("a decoder process sent another number of pixels than it said")
     ends = np.cumsum([height * width * 3 for height, width, _ in shapes])[:-1]
     return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+
+
+def _fits(height_px: int, width_px: int, frame: Frame) -> bool:
+    sides_px = (height_px, width_px)
+    return min(sides_px) == max(sides_px) == frame.side_px if frame.squeezed else max(sides_px) == frame.side_px
 
 
 @functools.lru_cache(maxsize=4)

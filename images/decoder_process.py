@@ -113,6 +113,7 @@ def _read(connection: socket.socket, count: int, deadline_s: float | None) -> me
 def _work(connection: socket.socket, decode_here: Any, document: dict[str, Any], data: bytes) -> None:
     from images.decoder_pillow import Wanted
     from records.errors import ImageError
+    from records.frames import Crop, Frame
 
     tags: dict[str, Any] = {}
     try:
@@ -123,7 +124,13 @@ def _work(connection: socket.socket, decode_here: Any, document: dict[str, Any],
             pixels, tags = decode_dicom(data, ImagesSettings.model_validate(document["dicom"]))
             arrays = [pixels]
         else:
-            arrays = decode_here(data, Wanted(tuple(document["sides_px"]), document["max_side_px"]))
+            arrays = decode_here(
+                data,
+                Wanted(
+                    tuple(Frame(side_px, Crop(crop), squeezed) for side_px, crop, squeezed in document["frames"]),
+                    document["max_side_px"],
+                ),
+            )
     except ImageError as error:
         send(connection, FAILED, {"message": str(error), "code": error.code}, ())
     except MemoryError:

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from images.cache import PixelCache
 from images.label_rows import known_labels, strongest
-from images.near_duplicates import HASH_SIDE_PX, find_near_duplicates, perceptual_hash
+from images.near_duplicates import HASH_FRAME, find_near_duplicates, perceptual_hash
 from records.arrays import IntArray, UInt8Array
 from records.errors import DataError
 from records.grouping import KnownGroup, Placement, place
@@ -107,7 +107,7 @@ def near_pairs(
         DataError: an image's file is gone or does not decode.
     """
     images = [*beside, *newcomers]
-    cache = PixelCache(store.home.cache, HASH_SIDE_PX)
+    cache = PixelCache(store.home.cache, HASH_FRAME)
 
     def squares(index: IntArray) -> UInt8Array:
         wanted = [images[i].id for i in index.tolist()]

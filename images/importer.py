@@ -41,6 +41,7 @@ from images.unpack import Place, opened
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.erasure import BLOBS, run_erasers
 from records.errors import ConfigError, DataError
+from records.frames import Frame
 from records.ids import canonical_json, sha256_hex, utc_now
 from records.keys import patient_hash
 from records.store import Store
@@ -115,7 +116,7 @@ def import_folder(
     in_place: bool = False,
     correct: bool = False,
     withhold_share: float = 0.0,
-    side_px: Sequence[int] = (64,),
+    frames: Sequence[Frame] = (),
     consent: Consent = Consent.TRAINING,
     to_train: bool = False,
     progress: Progress | None = None,
@@ -133,7 +134,7 @@ def import_folder(
         correct: True takes over labels that differ from stored ones of equal or higher rank, as further rows.
         withhold_share: share of the train-split groups of each class whose labels are kept out of the ledger, 0 to
             below 1; the same ones at every run.
-        side_px: sides at which the images are decoded into the cache.
+        frames: for which the images are decoded into the cache at once.
         consent: what the people in the images agreed to.
         to_train: True puts every lesion that has no split yet into train.
         progress: gets a bar.
@@ -158,7 +159,7 @@ def import_folder(
             in_place=in_place,
             correct=correct,
             withhold_share=withhold_share,
-            side_px=side_px,
+            frames=frames,
             consent=consent,
             to_train=to_train,
             progress=progress,
@@ -174,7 +175,7 @@ def import_source(
     in_place: bool = False,
     correct: bool = False,
     withhold_share: float = 0.0,
-    side_px: Sequence[int] = (64,),
+    frames: Sequence[Frame] = (),
     consent: Consent = Consent.TRAINING,
     to_train: bool = False,
     progress: Progress | None = None,
@@ -189,7 +190,7 @@ def import_source(
         in_place: see `import_folder`.
         correct: see `import_folder`.
         withhold_share: see `import_folder`.
-        side_px: see `import_folder`.
+        frames: see `import_folder`.
         consent: see `import_folder`.
         to_train: see `import_folder`.
         progress: see `import_folder`.
@@ -202,7 +203,7 @@ def import_source(
     # Rows that the table alone rules out are refused before any image is read, since reading is the slow part.
     labelled, of_folders = without_guesses(source, store.taxonomy, labels)
     rows, refusals, notes = usable_rows(labelled, store.taxonomy, labels)
-    entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
+    entries, unreadable = _take_in(store, rows, frames, in_place, progress)
     entries, of_tags = with_tags(store.home, entries)
     notes = [*of_folders, *notes, *of_tags, *_unknown_labels(labelled, refusals, store.taxonomy)]
     entries, same_bytes, conflicting = merge_same_bytes(entries)
@@ -355,13 +356,13 @@ def _is_imported(store: Store, import_id: str) -> bool:
 
 
 def _take_in(
-    store: Store, rows: Sequence[SourceRow], sides_px: Sequence[int], in_place: bool, progress: Progress | None
+    store: Store, rows: Sequence[SourceRow], frames: Sequence[Frame], in_place: bool, progress: Progress | None
 ) -> tuple[list[Entry], list[Refusal]]:
     with store.ledger.read() as tx:
         known = tx.find(Image)
     intake = Intake(
         store,
-        sides_px,
+        frames,
         in_place=in_place,
         known_hashes={i.id: i.perceptual_hash for i in known if i.perceptual_hash is not None},
         erased=frozenset(i.id for i in known if i.is_erased_for_good),

@@ -13,13 +13,14 @@ from pathlib import Path
 from rich.progress import Progress
 
 from images.cache import PixelCache, SegmentWriter
-from images.decode import decode_squares
+from images.decode import decode_frames
 from images.dicom import DicomTags, read_dicom
 from images.members import ImageFile
-from images.near_duplicates import HASH_SIDE_PX, perceptual_hash
+from images.near_duplicates import HASH_FRAME, perceptual_hash
 from images.parallel import chunks_of, map_in_order
 from records.arrays import UInt8Array
 from records.errors import ContractError, ImageError, UnavailableError
+from records.frames import Frame
 from records.ids import sha256_hex
 from records.images import image_size, is_dicom, sniff, strip_metadata
 from records.store import Store
@@ -64,7 +65,7 @@ class TakenIn:
 @dataclass(frozen=True)
 class _Read:
     taken: TakenIn
-    squares: dict[int, UInt8Array] = field(default_factory=dict, repr=False)
+    decoded: dict[Frame, UInt8Array] = field(default_factory=dict, repr=False)
 
 
 class Intake:
@@ -72,7 +73,7 @@ class Intake:
 
     Args:
         store: its blobs and caches are filled.
-        sides_px: sides to cache; 64 px, which finding near-duplicates needs, is always added.
+        frames: to cache; `HASH_FRAME`, which finding near-duplicates needs, is always added.
         in_place: True leaves the files where they are, unchanged, and stores only their location.
         known_hashes: image id to perceptual hash, of images that need not be hashed again.
         erased: ids of images that were erased on request and must not be stored again.
@@ -81,27 +82,27 @@ class Intake:
     def __init__(
         self,
         store: Store,
-        sides_px: Sequence[int],
+        frames: Sequence[Frame],
         *,
         in_place: bool,
         known_hashes: Mapping[str, str],
         erased: frozenset[str] = frozenset(),
     ) -> None:
-        if not all(side_px >= 1 for side_px in sides_px):
-            raise ContractError(f"sides_px must be at least 1, not {tuple(sides_px)}")
+        if not all(frame.side_px >= 1 for frame in frames):
+            raise ContractError(f"the sides of frames must be at least 1 px, not {list(frames)}")
         self._store, self._in_place = store, in_place
         self._known_hashes, self._erased = known_hashes, erased
-        self._caches = {side_px: PixelCache(store.home.cache, side_px) for side_px in {*sides_px, HASH_SIDE_PX}}
+        self._caches = {frame: PixelCache(store.home.cache, frame) for frame in {*frames, HASH_FRAME}}
 
     def run(self, paths: Sequence[ImageFile], progress: Progress | None = None) -> Iterator[TakenIn]:
         """Yield one result per path, in order; what was stored before an error or a kill is kept."""
-        writers = {side_px: SegmentWriter(cache) for side_px, cache in self._caches.items()}
+        writers = {frame: SegmentWriter(cache) for frame, cache in self._caches.items()}
         task = progress.add_task("Reading images", total=len(paths)) if progress else None
         try:
             for chunk in map_in_order(self._read_chunk, chunks_of(paths)):
                 for read in chunk:
-                    for side_px, square in read.squares.items():
-                        writers[side_px].add([read.taken.image_id], square[None])
+                    for frame, pixels in read.decoded.items():
+                        writers[frame].add([read.taken.image_id], pixels[None])
                     yield read.taken
                 if progress and task is not None:
                     progress.advance(task, len(chunk))
@@ -140,9 +141,9 @@ class Intake:
         image_id = sha256_hex(stored)
         if image_id in self._erased:
             return _Read(TakenIn(path, "this image was erased on request and is not stored again", ERASED))
-        needed = [side_px for side_px, cache in self._caches.items() if image_id not in cache]
+        needed = [frame for frame, cache in self._caches.items() if image_id not in cache]
         # Decoded before it is stored: an image that does not decode must not leave a blob behind.
-        squares = decode_squares(stored, needed) if needed else {}
+        decoded = decode_frames(stored, needed) if needed else {}
         blobs = self._store.blobs
         uri = blobs.uri(blobs.put(stored)) if in_place is None else in_place.resolve().as_uri()
         return _Read(
@@ -153,16 +154,16 @@ class Intake:
                 format=kind,
                 width_px=width_px,
                 height_px=height_px,
-                perceptual_hash=self._hash(image_id, squares),
-                decoded=bool(squares),
+                perceptual_hash=self._hash(image_id, decoded),
+                decoded=bool(decoded),
                 tags=tags,
             ),
-            squares,
+            decoded,
         )
 
-    def _hash(self, image_id: str, squares: Mapping[int, UInt8Array]) -> str:
+    def _hash(self, image_id: str, decoded: Mapping[Frame, UInt8Array]) -> str:
         known = self._known_hashes.get(image_id)
         if known is not None:
             return known
-        square = squares.get(HASH_SIDE_PX)
-        return perceptual_hash(self._caches[HASH_SIDE_PX].pixels(image_id) if square is None else square)
+        square = decoded.get(HASH_FRAME)
+        return perceptual_hash(self._caches[HASH_FRAME].pixels(image_id) if square is None else square)

@@ -15,9 +15,10 @@ from PIL import Image as PillowImage
 
 from records.arrays import BoolArray, Float32Array, IntArray, UInt8Array
 from records.errors import ContractError
+from records.frames import Frame
 
-HASH_SIDE_PX = 64
-"""Side of the squares that hashes and correlations are computed from."""
+HASH_FRAME = Frame(64)
+"""What hashes and correlations are computed from, whatever models see."""
 MAX_BITS = 2
 MIN_CORRELATION = 0.98
 
@@ -46,7 +47,7 @@ def perceptual_hash(square: UInt8Array) -> str:
 
     Another shape raises ContractError.
     """
-    if square.shape != (HASH_SIDE_PX, HASH_SIDE_PX, 3):
+    if square.shape != (HASH_FRAME.side_px, HASH_FRAME.side_px, 3):
         raise ContractError(f"a perceptual hash needs a [64, 64, 3] square, not {list(square.shape)}")
     return str(imagehash.phash(PillowImage.fromarray(square)))
 

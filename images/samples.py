@@ -6,11 +6,12 @@ import numpy as np
 from rich.progress import Progress
 
 from images.cache import PixelCache
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.importer import open_dataset
 from images.synth import SHARES, render
 from records.arrays import UInt8Array
 from records.datasets import DatasetVersion
+from records.frames import Frame
 from records.ids import sha256_hex
 from records.store import Store, find_images
 from records.types import DatasetRecord, Split
@@ -36,7 +37,7 @@ class Sample:
 
 
 def sample_images(
-    store: Store, data: str | None, count: int, side_px: int, *, progress: Progress | None = None
+    store: Store, data: str | None, count: int, frame: Frame, *, progress: Progress | None = None
 ) -> Sample:
     """Choose images of the train split, taking the classes in turn; the choice is deterministic.
 
@@ -44,7 +45,7 @@ def sample_images(
         store: its images are decoded.
         data: a folder or a dataset id; None takes the newest version, or generated images if there is none.
         count: how many, at least 1; fewer if the train split has fewer.
-        side_px: S.
+        frame: as the network takes it, of side S.
         progress: shows importing or decoding.
     Returns:
         The images.
@@ -55,10 +56,10 @@ def sample_images(
     if data is None:
         with store.ledger.read() as tx:
             if not tx.count(DatasetRecord):
-                return _generated(count, side_px)
+                return _generated(count, frame)
     dataset = open_dataset(store, data, progress=progress)
     chosen = _classes_in_turn(dataset, count)
-    cache = PixelCache(store.home.cache, side_px)
+    cache = PixelCache(store.home.cache, frame)
     cache.ensure(store, chosen, progress)
     label_of = dict(zip(dataset.rows["image_id"], dataset.rows["label"], strict=True))
     names = [f"{label_of[image.id]} {image.source_id or image.id[:12]}" for image in find_images(store, chosen)]
@@ -74,15 +75,15 @@ def _classes_in_turn(dataset: DatasetVersion, count: int) -> list[str]:
     return [str(image_id) for image_id in ordered["image_id"][:count]]
 
 
-def _generated(count: int, side_px: int) -> Sample:
+def _generated(count: int, frame: Frame) -> Sample:
     codes = list(SHARES)
     files = [
         # At least 1.5 times as high as the square, so generated images are scaled down like real ones.
-        render(codes[n % len(codes)], seed=1, number=n, width_px=max(_GENERATED_WIDTH_PX, 2 * side_px))
+        render(codes[n % len(codes)], seed=1, number=n, width_px=max(_GENERATED_WIDTH_PX, 2 * frame.side_px))
         for n in range(count)
     ]
     return Sample(
-        pixels=np.stack([decode_square(file, side_px) for file in files]),
+        pixels=np.stack([decode_frame(file, frame) for file in files]),
         image_ids=[sha256_hex(file) for file in files],
         names=[f"{codes[n % len(codes)]} generated {n}" for n in range(count)],
         source="generated images",

@@ -18,9 +18,10 @@ import ray.data
 from numpy.typing import NDArray
 
 from images.cache import PixelCache, PixelRows
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.arrays import IntArray, UInt8Array
 from records.errors import ContractError, RelookError, error_class
+from records.frames import Frame
 from records.settings import RecordsSettings
 from records.store import Store, find_images, open_store, read_image
 
@@ -34,14 +35,14 @@ class StreamedPixels:
 
     Args:
         image_ids: [N] image ids.
-        side_px: S.
+        frame: as the network takes it, of side S.
         records: settings with which every node opens the same store.
         kept: [N] position of an image in `cached`; -1 where it is not cached.
         cached: the pixels of the cached ones.
     """
 
     image_ids: list[str] = field(repr=False)
-    side_px: int
+    frame: Frame
     records: RecordsSettings
     kept: IntArray = field(repr=False)
     cached: PixelRows = field(repr=False)
@@ -69,31 +70,31 @@ class StreamedPixels:
             IntegrityError: an image's file was altered.
         """
         wanted = [self.image_ids[position] for part in parts for position in part]
-        yield from _cut(_decoded(wanted, self.side_px, self.records), [len(part) for part in parts])
+        yield from _cut(_decoded(wanted, self.frame, self.records), [len(part) for part in parts])
 
 
-def stream_pixels(store: Store, image_ids: list[str], kept: IntArray, side_px: int) -> StreamedPixels:
+def stream_pixels(store: Store, image_ids: list[str], kept: IntArray, frame: Frame) -> StreamedPixels:
     """Cache a part of the images, and leave the others to be streamed.
 
     Args:
         store: its settings have to open the same store on every node.
         image_ids: [N] image ids.
         kept: positions of the images to cache.
-        side_px: S.
+        frame: as the network takes it, of side S.
     Returns:
         The pixels.
     Raises:
         DataError: an image to cache cannot be read.
     """
-    cache = PixelCache(store.home.cache, side_px)
+    cache = PixelCache(store.home.cache, frame)
     ids = [image_ids[position] for position in kept]
     cache.ensure(store, ids)
     places = np.full(len(image_ids), -1, dtype=np.int64)
     places[kept] = np.arange(len(kept))
-    return StreamedPixels(image_ids, side_px, store.settings, places, cache.rows(ids))
+    return StreamedPixels(image_ids, frame, store.settings, places, cache.rows(ids))
 
 
-def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> Iterator[UInt8Array]:
+def _decoded(image_ids: list[str], frame: Frame, records: RecordsSettings) -> Iterator[UInt8Array]:
     """Run the pipeline and yield pixels in order, in pieces of any length."""
     starts = range(0, len(image_ids), IMAGES_PER_TASK)
     tables = [pa.table({"image_id": image_ids[start : start + IMAGES_PER_TASK]}) for start in starts]
@@ -102,7 +103,7 @@ def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> It
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
         images = ray.data.from_arrow(tables).map_batches(
-            functools.partial(_decode, side_px=side_px, records=records),
+            functools.partial(_decode, frame=frame, records=records),
             batch_size=None,
             batch_format="numpy",
             # The training workers may hold every CPU that Ray counts and wait for these tasks: asking for one here
@@ -116,16 +117,16 @@ def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> It
         yield np.asarray(batch["pixels"], dtype=np.uint8)
 
 
-def _decode(batch: dict[str, NDArray[Any]], *, side_px: int, records: RecordsSettings) -> dict[str, NDArray[Any]]:
+def _decode(batch: dict[str, NDArray[Any]], *, frame: Frame, records: RecordsSettings) -> dict[str, NDArray[Any]]:
     """Decode one block. An error is returned beside black pixels: Ray would keep only the text of a raised one."""
     ids = [str(image_id) for image_id in batch["image_id"]]
     kind, message = "", ""
     try:
         store = _store(records)
-        pixels = np.stack([decode_square(read_image(store, image), side_px) for image in find_images(store, ids)])
+        pixels = np.stack([decode_frame(read_image(store, image), frame) for image in find_images(store, ids)])
     except RelookError as error:
         kind, message = type(error).__name__, str(error)
-        pixels = np.zeros((len(ids), side_px, side_px, 3), dtype=np.uint8)
+        pixels = np.zeros((len(ids), frame.side_px, frame.side_px, 3), dtype=np.uint8)
     return {"pixels": pixels, "failure": np.full(len(ids), kind), "message": np.full(len(ids), message)}
 
 

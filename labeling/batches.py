@@ -21,6 +21,7 @@ from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
 from records.arrays import UInt8Array
 from records.errors import UnavailableError, UnknownIdError
+from records.frames import Frame
 from records.parts import attempt, each_in_parts
 from records.store import Store, read_image
 from records.types import Image, Prediction, ReviewItem
@@ -178,10 +179,9 @@ def _drawn(store: Store, item: ReviewItem, content: bytes, side_px: int) -> tupl
         return decode_image(store.blobs.get(str(item.overlay_blob)), side_px), None
     # Drawn over the pixels as they are: enlarging the drawn map costs a tenth of drawing over an enlarged image.
     pixels = decode_image(content, side_px)
-    side = min(pixels.shape[:2])
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-    return overlay(square, np.array(item.heat_map)), pixels
+    height_px, width_px = pixels.shape[:2]
+    left, top, right, bottom = (int(edge_px) for edge_px in Frame(side_px, item.crop).box(width_px, height_px))
+    return overlay(np.ascontiguousarray(pixels[top:bottom, left:right]), np.array(item.heat_map)), pixels
 
 
 def _note_cases(store: Store, batch: Batch) -> None:

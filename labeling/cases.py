@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from PIL import Image as PillowImage
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from labeling.client import LabelStudioClient
 from labeling.settings import LabelingSettings
 from labeling.tasks import no_image
 from records.cases import FILE
 from records.errors import LabelStudioRefusedError
+from records.frames import Crop, Frame
 from records.ledger.tables import TABLES, any_of
 from records.models import bundle_folder
 from records.store import Store
@@ -26,6 +27,7 @@ from records.types import Consent, Image, ModelRecord, Prediction, ReviewItem
 
 SIDE_PX = 160
 _GAP_PX = 8
+_SHOWN = Frame(SIDE_PX, Crop.WHOLE).shown(SIDE_PX)
 NONE_SHOWN = "No confirmed case may be shown beside this image."
 TAKEN_OUT = "cases"
 """The `sent_hash` of an item whose task lost its strip; the next push refreshes the task."""
@@ -122,8 +124,9 @@ def _strip_uri(pngs: Sequence[bytes], settings: LabelingSettings) -> str:
     """Return small images beside each other as a data URI."""
     strip = PillowImage.new("RGB", (len(pngs) * (SIDE_PX + _GAP_PX) - _GAP_PX, SIDE_PX), (255, 255, 255))
     for number, png in enumerate(pngs):
-        small = PillowImage.fromarray(decode_square(png, SIDE_PX))
-        strip.paste(small, (number * (SIDE_PX + _GAP_PX), 0))
+        small = PillowImage.fromarray(decode_frame(png, _SHOWN))
+        left_px = number * (SIDE_PX + _GAP_PX) + (SIDE_PX - small.width) // 2
+        strip.paste(small, (left_px, (SIDE_PX - small.height) // 2))
     buffer = io.BytesIO()
     strip.save(buffer, "JPEG", quality=settings.jpeg_quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -171,4 +171,5 @@ def _adjudication(about: ReviewItem) -> ReviewItem:
         priority=_ADJUDICATION_PRIORITY,
         overlay_blob=about.overlay_blob,
         heat_map=about.heat_map,
+        crop=about.crop,
     )

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from records.context import ContextHead
 from records.durable import building, place
 from records.errors import ContractError, IntegrityError, UnavailableError, UnknownIdError
+from records.frames import Crop, Frame
 from records.ids import sha256_hex
 from records.settings import first_problem
 from records.store import Store
@@ -51,13 +52,21 @@ class Geometry(_Part):
     """How an image becomes the network's input."""
 
     side_px: int = Field(gt=0, description="the network sees side_px x side_px pixels")
-    crop: Literal["center"] = Field(default="center", description="the shorter side is scaled to side_px, the rest cut")
+    crop: Crop = Field(
+        default=Crop.CENTER,
+        description="center: the shorter side is scaled to side_px, the rest cut; whole: both sides are scaled to it",
+    )
     scaling: Literal["mean_std", "min_max"] = "mean_std"
     mean: tuple[float, float, float] = Field(
         default=(0.5, 0.5, 0.5), description="per RGB channel, of values in [0, 1]"
     )
     std: tuple[float, float, float] = Field(default=(0.25, 0.25, 0.25), description="per RGB channel")
     decode_version: int = Field(default=1, ge=1, description="of the decoder that the model was trained behind")
+
+    @property
+    def frame(self) -> Frame:
+        """Which part of an image the network sees, and at which side."""
+        return Frame(self.side_px, self.crop)
 
 
 class Calibration(_Part):

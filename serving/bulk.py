@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from images.context_table import ContextTable, read_context_table
-from images.decode import decode_squares
+from images.decode import decode_frames
 from images.dicom import as_plain_file
 from images.files import list_folder, shown
 from images.overlay import overlay_png
@@ -27,6 +27,7 @@ from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.durable import replacing, write_file
 from records.errors import DataError, ImageError, RefusedError
+from records.frames import Frame
 from records.ids import sha256_hex
 from records.images import image_size, sniff
 from records.parts import attempt, each_in_parts
@@ -96,8 +97,9 @@ def predict_folder(
     loaded = _checked_model(bundle, settings)
     done = _resumed(unfinished, bundle.id, None if told is None else told.hash, resume)
     left = [path for path in paths if str(path.relative_to(folder)) not in done]
-    drawn_px = settings.overlay_side_px if explain else loaded.geometry.side_px
-    one = partial(_read, side_px=loaded.geometry.side_px, drawn_px=drawn_px, max_pixels=settings.max_pixels)
+    frame = loaded.geometry.frame
+    drawn = frame.shown(settings.overlay_side_px) if explain else frame
+    one = partial(_read, frame=frame, drawn=drawn, max_pixels=settings.max_pixels)
     maps = maps_of_run if explain else None
     with unfinished.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))
@@ -141,17 +143,17 @@ class Decoded:
     """One image as a model and a reader see it."""
 
     pixels: UInt8Array
-    overlaid: UInt8Array
-    """the square that a heat map is drawn over"""
+    shown: UInt8Array
+    """what a heat map is drawn over"""
     shorter_px: int
 
 
-def _read(path: Path, side_px: int, drawn_px: int, max_pixels: int) -> Decoded:
-    return decode_for(path.read_bytes(), side_px, drawn_px, max_pixels)
+def _read(path: Path, frame: Frame, drawn: Frame, max_pixels: int) -> Decoded:
+    return decode_for(path.read_bytes(), frame, drawn, max_pixels)
 
 
-def decode_for(data: bytes, side_px: int, drawn_px: int, max_pixels: int) -> Decoded:
-    """Decode an image that was not imported at the side of a model and at the side at which it is drawn.
+def decode_for(data: bytes, frame: Frame, drawn: Frame, max_pixels: int) -> Decoded:
+    """Decode an image that was not imported as a model sees it and as its heat map is drawn over it.
 
     ImageError is raised if the bytes are no image that can be read, or have more than `max_pixels`.
     """
@@ -160,8 +162,8 @@ def decode_for(data: bytes, side_px: int, drawn_px: int, max_pixels: int) -> Dec
     width_px, height_px = image_size(data)
     if width_px * height_px > max_pixels:
         raise ImageError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
-    squares = decode_squares(data, sorted({side_px, drawn_px}))
-    return Decoded(squares[side_px], squares[drawn_px], min(width_px, height_px))
+    decoded = decode_frames(data, {frame, drawn})
+    return Decoded(decoded[frame], decoded[drawn], min(width_px, height_px))
 
 
 def _rows(
@@ -206,7 +208,7 @@ def _predicted(
         has_label = verdict.label is not None
         if maps is not None and output.maps is not None and verdict.label is not None:
             drawn = output.maps[row, taxonomy.index_of(verdict.label)]
-            png = overlay_png(read.overlaid, drawn, settings.overlay_alpha)
+            png = overlay_png(read.shown, drawn, settings.overlay_alpha)
             # The hash of the relative path keeps equal file names of different subfolders apart.
             write_file(maps / f"{sha256_hex(os.fsencode(name))[:16]}-{path.stem}.png", png, sync=False)
         rows.append(

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.given import GivenImage, given_list, given_name, image_bytes
 from images.overlay import overlay, resized_strength
 from records.arrays import Float32Array, UInt8Array
 from records.bundles import Bundle
 from records.context import Known
 from records.errors import ConfigError, DataError, ImageError
+from records.frames import Frame
 from records.taxonomy import Taxonomy
 from records.types import Decision
 from serving.bulk import Decoded, decode_for, verdicts_of
@@ -52,7 +53,7 @@ class Prediction:
         ood_score: distance from the training images; above 1 is out of distribution; None if it is not known.
         quality_reason: what is wrong with the image; None: nothing.
         error: why the image could not be read, or None.
-        heat_map: [S, S] in 0 to 1, over the centre square of the image; None if it was not asked for.
+        heat_map: [S, S] in 0 to 1, over what the model sees of the image; None if it was not asked for.
         context_effect: which columns of the context counted, and label and probabilities without it; None if none was
             given that the model uses.
     """
@@ -115,7 +116,7 @@ class Explanation:
         method: that computed the map.
         probabilities: by class code, calibrated.
         heat_map: [H, W] in 0 to 1; 1 is what spoke most for the class.
-        image: uint8 [H, W, 3], the centre square of the image, which is what the model sees.
+        image: uint8 [H, W, 3], what the model sees of the image, in its proportions: the centre square, or all.
         values: [h, w] as computed; signed for all methods but Grad-CAM.
         layer: whose map it is; None: the pixels.
         exact: computed in closed form, without differentiating.
@@ -171,7 +172,7 @@ def predict_given(
         read: list[Decoded | DataError] = []
         for name, image in zip(names, given[start:], strict=False):
             try:
-                read.append(_decoded(image, name, loaded.geometry.side_px, settings.max_pixels))
+                read.append(_decoded(image, name, loaded.geometry.frame, settings.max_pixels))
             except DataError as error:
                 if not keep:
                     raise
@@ -205,15 +206,16 @@ def explain_given(
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
     data = image_bytes(image)
-    found = explain(loaded, decode_square(data, loaded.geometry.side_px), method, target, versus)
-    values, side_px = found.attribution.values, FILE_OVERLAY_SIDE_PX
+    frame = loaded.geometry.frame
+    found = explain(loaded, decode_frame(data, frame), method, target, versus)
+    values, shown = found.attribution.values, decode_frame(data, frame.shown(FILE_OVERLAY_SIDE_PX))
     return Explanation(
         target=found.target,
         versus=found.versus,
         method=method,
         probabilities=found.probabilities,
-        heat_map=resized_strength(values, side_px, side_px),
-        image=decode_square(data, side_px),
+        heat_map=resized_strength(values, *shown.shape[:2]),
+        image=shown,
         values=values,
         layer=found.attribution.layer,
         exact=found.attribution.exact,
@@ -221,9 +223,9 @@ def explain_given(
     )
 
 
-def _decoded(image: GivenImage, name: str, side_px: int, max_pixels: int) -> Decoded:
+def _decoded(image: GivenImage, name: str, frame: Frame, max_pixels: int) -> Decoded:
     try:
-        return decode_for(image_bytes(image), side_px, side_px, max_pixels)
+        return decode_for(image_bytes(image), frame, frame, max_pixels)
     except ImageError as error:
         raise ImageError(f"{name}: {error}", error.code) from error
 

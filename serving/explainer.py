@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from images.decode import decode_square, decode_squares
+from images.decode import decode_frame, decode_frames
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
 from records.memory import return_freed_memory
 from records.models import bundle_folder, registered_bundle, serving_model
@@ -82,7 +82,7 @@ class Explainer:
         loaded = self._model(model_id, precision, "gradcam")
         with self._store.ledger.read() as tx:
             folder = bundle_folder(self._store, tx.require(ModelRecord, model_id))
-        seen = [(own, decode_square(data, loaded.geometry.side_px)) for own, data in about]
+        seen = [(own, decode_frame(data, loaded.geometry.frame)) for own, data in about]
         return self._cases.find(loaded, folder, seen, limit)
 
     def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
@@ -108,7 +108,7 @@ class Explainer:
             raise UnavailableError("no model is to be served yet; promote one first")
         loaded = self._model(served.id, self._settings.precision, method)
         if target is None:
-            probabilities = loaded.predict(decode_square(stored.data, loaded.geometry.side_px)[None]).probabilities
+            probabilities = loaded.predict(decode_frame(stored.data, loaded.geometry.frame)[None]).probabilities
             target = self._store.taxonomy.codes[int(labels_of(probabilities, loaded.decision)[0])]
         self._check_classes(target, versus)
         return self._map(loaded, stored.data, method, target, versus)
@@ -120,18 +120,19 @@ class Explainer:
 
     def _map(self, loaded: LoadedModel, image: bytes, method: Method, target: str, versus: str | None) -> HeatMap:
         index_of = self._store.taxonomy.index_of
-        side_px, drawn_px = loaded.geometry.side_px, self._settings.overlay_side_px
-        squares = decode_squares(image, sorted({side_px, drawn_px}))
+        frame = loaded.geometry.frame
+        shown = frame.shown(self._settings.overlay_side_px)
+        decoded = decode_frames(image, {frame, shown})
         against = None if versus is None else index_of(versus)
         try:
-            found = attribute(loaded, squares[side_px], method, index_of(target), against)
+            found = attribute(loaded, decoded[frame], method, index_of(target), against)
         finally:
             if METHODS[method].evaluations > 1:
                 # A slow map leaves 50 to 100 MB behind in each thread that computes one.
                 return_freed_memory()
         if not np.isfinite(found.values).all():
             raise RefusedError("the model has no finite output for this image, so there is nothing to explain")
-        return attribution_map(loaded, found, squares[drawn_px], method, target, versus, self._settings.overlay_alpha)
+        return attribution_map(loaded, found, decoded[shown], method, target, versus, self._settings.overlay_alpha)
 
     def _image(self, prediction: Prediction) -> tuple[Image, bytes]:
         with self._store.ledger.read() as tx:

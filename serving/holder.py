@@ -59,6 +59,7 @@ class ServedModel:
             engine=self.loaded.engine,
             precision=self.loaded.precision,
             side_px=document.geometry.side_px,
+            crop=document.geometry.crop,
             classes=classes,
             loaded_at=self.loaded_at,
             golden_difference=self.golden_difference,

@@ -52,26 +52,26 @@ def take_in(store: Store, data: bytes, max_pixels: int) -> StoredImage:
     return StoredImage(sha256_hex(stored), stored, kind, width_px, height_px)
 
 
-def gradcam_map(loaded: LoadedModel, square: UInt8Array, values: Float32Array, target: str, alpha: float) -> HeatMap:
+def gradcam_map(loaded: LoadedModel, shown: UInt8Array, values: Float32Array, target: str, alpha: float) -> HeatMap:
     """Return a Grad-CAM map with its overlay; see `overlay_png` for the arguments."""
-    png = overlay_png(square, values, alpha)
+    png = overlay_png(shown, values, alpha)
     return HeatMap(
         "gradcam", loaded.gradcam_is_exact, loaded.target_layer, target, values, png,
-        faithfulness=loaded.faithfulness,
+        crop=loaded.geometry.crop, faithfulness=loaded.faithfulness,
     )  # fmt: skip
 
 
 def attribution_map(
     loaded: LoadedModel,
     found: Attribution,
-    square: UInt8Array,
+    shown: UInt8Array,
     method: str,
     target: str,
     versus: str | None,
     alpha: float,
 ) -> HeatMap:
     """Return an attribution with its overlay; see `overlay_png`. Negative values are not drawn."""
-    png = overlay_png(square, np.clip(found.values, 0.0, None), alpha)
+    png = overlay_png(shown, np.clip(found.values, 0.0, None), alpha)
     return HeatMap(
         method=method,
         exact=found.exact,
@@ -79,6 +79,7 @@ def attribution_map(
         target=target,
         values=found.values,
         png=png,
+        crop=loaded.geometry.crop,
         versus=versus,
         steps=found.steps,
         completeness_error=found.completeness_error,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from records.arrays import Float32Array
+from records.frames import Crop
 from records.types import Prediction, ReviewItem
 from serving.schemas import Context, ServedModelInfo
 from vision.explanations.methods import METHODS
@@ -43,8 +44,9 @@ class HeatMap:
     layer: str | None
     target: str
     values: Float32Array
-    """[h, w] over the centre square of the image"""
+    """[h, w] over the part of the image that `crop` names"""
     png: bytes
+    crop: Crop
     versus: str | None = None
     steps: int | None = None
     completeness_error: float | None = None

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.overlay import image_png
 from records.arrays import UInt8Array
 from records.cases import FILE, Cases, read_cases
 from records.errors import DataError, ImageError, UnknownIdError
+from records.frames import Frame
 from records.store import Store, read_image
 from records.types import Consent, Image
 from serving.messages import FoundCase
@@ -32,7 +33,7 @@ class CaseFinder:
 
     Args:
         store: with ledger and images.
-        side_px: of the images that are returned.
+        side_px: longer side of the images that are returned.
     """
 
     def __init__(self, store: Store, side_px: int) -> None:
@@ -63,7 +64,7 @@ class CaseFinder:
         vectors = vectors_of(loaded, np.stack([pixels for _, pixels in about]))
         found = [nearest_of(loaded, cases, vector) for vector in vectors]
         # For this call only: nothing of an erased image stays in memory, and consent is read again by the next one.
-        looking = _Looking(self._store, self._side_px)
+        looking = _Looking(self._store, loaded.geometry.frame.shown(self._side_px))
         looking.look_up([cases.image_ids[row] for order, _ in found for row in order[:LOOKED_UP]])
         return [
             self._chosen(loaded, cases, own, order.tolist(), distances.tolist(), limit, looking)
@@ -117,9 +118,9 @@ class CaseFinder:
 class _Looking:
     """What one call reads of images: those that may be shown now, and their drawings, each once."""
 
-    def __init__(self, store: Store, side_px: int) -> None:
+    def __init__(self, store: Store, frame: Frame) -> None:
         self._store = store
-        self._side_px = side_px
+        self._frame = frame
         self._drawn: dict[str, bytes | None] = {}
         self.allowed: dict[str, Image | None] = {}
 
@@ -136,7 +137,7 @@ class _Looking:
         """Return an image as a PNG; None if it cannot be read."""
         if image.id not in self._drawn:
             try:
-                png = image_png(decode_square(read_image(self._store, image), self._side_px))
+                png = image_png(decode_frame(read_image(self._store, image), self._frame))
             except (DataError, ImageError, UnknownIdError):
                 # A file that was imported in place and is gone, or an erasure at this moment: there are other cases.
                 png = None

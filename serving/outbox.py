@@ -20,6 +20,7 @@ from records.arrays import Float32Array
 from records.consent import as_allowed
 from records.erasure import remove_expired_tombstones
 from records.errors import DataError, RefusedError
+from records.frames import Crop
 from records.ids import new_id, utc_now
 from records.keys import patient_hash
 from records.ledger import Transaction
@@ -39,6 +40,7 @@ from records.types import (
     ReviewState,
     SourceLabel,
 )
+from serving.messages import HeatMap
 from serving.schemas import Context, FlagRequest, OutcomeRequest, OutcomeResponse
 from serving.triage import Verdict, priority_of
 
@@ -97,7 +99,7 @@ def image_row(store: Store, image: StoredImage, context: Context, consent: Conse
 
 
 def review_row(
-    prediction: Prediction, verdict: Verdict, heat_map: Float32Array | None, urgent_due_h: float
+    prediction: Prediction, verdict: Verdict, heat_map: Float32Array | None, crop: Crop, urgent_due_h: float
 ) -> ReviewItem:
     """Return the review item of a prediction.
 
@@ -105,6 +107,7 @@ def review_row(
         prediction: with decision `review` or `urgent`.
         verdict: with at least one reason.
         heat_map: [h, w] of the label, or None.
+        crop: the part of the image that it covers.
         urgent_due_h: time until an urgent item is due, hours.
     Returns:
         The row.
@@ -121,6 +124,7 @@ def review_row(
         selection_probability=verdict.selection_probability,
         # The numbers alone: most items are never seen while their callers wait, so a push draws them.
         heat_map=None if heat_map is None else levels_of(heat_map),
+        crop=crop,
     )
 
 
@@ -273,7 +277,7 @@ def reviews_of(tx: Transaction, predictions: Sequence[Prediction]) -> dict[str, 
 
 
 def write_flag(
-    store: Store, prediction: Prediction, request: FlagRequest, caller: str, heat_map: Float32Array | None
+    store: Store, prediction: Prediction, request: FlagRequest, caller: str, heat_map: HeatMap | None
 ) -> tuple[Flag, ReviewItem]:
     """Write a flag and its review item, in one transaction.
 
@@ -285,7 +289,7 @@ def write_flag(
         prediction: that is flagged.
         request: reason, suggested label and comment.
         caller: id of the key.
-        heat_map: [h, w] of the label, for an item that has none.
+        heat_map: of the label, for an item that has none.
     Returns:
         The flag and its review item.
     Raises:
@@ -323,7 +327,7 @@ def write_flag(
 
 
 def _flagged_item(
-    tx: Transaction, prediction: Prediction, request: FlagRequest, heat_map: Float32Array | None, taxonomy: Taxonomy
+    tx: Transaction, prediction: Prediction, request: FlagRequest, heat_map: HeatMap | None, taxonomy: Taxonomy
 ) -> ReviewItem:
     before = _open_items(tx, [prediction.image_id]).get(prediction.image_id)
     # All predictions of an image share its open item, so neither is a limit per prediction.
@@ -345,7 +349,7 @@ def _flagged_item(
         "suggested_label": request.suggested_label or (before.suggested_label if before else None),
     }
     if heat_map is not None and (before is None or not has_map(before)):
-        changes["heat_map"] = levels_of(heat_map)
+        changes |= {"heat_map": levels_of(heat_map.values), "crop": heat_map.crop}
     if before is not None:
         tx.update(ReviewItem, before.id, **changes)
         return before.model_copy(update=changes)

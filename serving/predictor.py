@@ -11,7 +11,7 @@ time use one core each. A prediction is returned only after its rows are committ
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from images.decode import CostlyError, decode_if_cheap, decode_squares
+from images.decode import CostlyError, decode_frames, decode_if_cheap
 from records import tracing
 from records.arrays import UInt8Array
 from records.context import Value, context_of
 from records.errors import UnavailableError
+from records.frames import Frame
 from records.images import is_dicom
 from records.parts import in_parts
 from records.store import Store
@@ -54,7 +55,7 @@ The first commit after it waits for the disk, since SQLite then begins its log a
 T = TypeVar("T")
 
 
-Decode = Callable[[bytes, Sequence[int]], dict[int, UInt8Array]]
+Decode = Callable[[bytes, Collection[Frame]], dict[Frame, UInt8Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ class Predictor:
             raise UnavailableError(f"{MAX_COSTLY} images that are costly to decode are waiting already")
         self._num_costly += 1
         try:
-            return await self._in(self._costly_threads, self._prepare, request, decode_squares)
+            return await self._in(self._costly_threads, self._prepare, request, decode_frames)
         finally:
             self._num_costly -= 1
 
@@ -227,11 +228,12 @@ class Predictor:
         # The job keeps this model even if the models are swapped: its pixels have the size that this model needs.
         model = self._holder.current
         consent = (request.context.consent or self._settings.default_consent) if self._settings.keep else Consent.NONE
-        side_px = model.document.geometry.side_px
-        # A costly image is decoded once for all who will need it; others are decoded at further sides on demand.
-        further = (self._settings.overlay_side_px, *self._candidate.sides_px()) if decode is decode_squares else ()
-        squares = decode(image.data, sorted({side_px, *further}))
-        return Job(request, image, consent, model, squares[side_px], arrived_s, squares=squares)
+        frame = model.document.geometry.frame
+        # A costly image is decoded once for all who will need it; others are decoded for further frames on demand.
+        shown = frame.shown(self._settings.overlay_side_px)
+        further = (shown, *self._candidate.frames()) if decode is decode_frames else ()
+        decoded = decode(image.data, sorted({frame, *further}))
+        return Job(request, image, consent, model, decoded[frame], arrived_s, decoded=decoded)
 
     def _stored(self, request: PredictionRequest, image: StoredImage) -> StoredPrediction | None:
         """Return the prediction of an earlier attempt, if it was written."""

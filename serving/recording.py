@@ -15,9 +15,10 @@ from itertools import repeat
 
 import numpy as np
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.arrays import Float32Array, FloatArray, UInt8Array
 from records.errors import RefusedError, UnavailableError
+from records.frames import Frame
 from records.ids import hash_of, new_id, utc_now
 from records.parts import attempt, each_in_parts
 from records.store import Store
@@ -64,8 +65,8 @@ class Job:
     """of `time.perf_counter`"""
     arm: Arm = Arm.CHAMPION
     rollout_id: str | None = None
-    squares: Mapping[int, UInt8Array] = field(default_factory=dict, repr=False)
-    """further sides of a costly image: neither the write thread nor a forward thread may wait for its decoding"""
+    decoded: Mapping[Frame, UInt8Array] = field(default_factory=dict, repr=False)
+    """further frames of a costly image: neither the write thread nor a forward thread may wait for its decoding"""
 
 
 class Recorder:
@@ -267,7 +268,7 @@ class Recorder:
             return PredictionRows(prediction, None, None), heat_map
         review = None
         if verdict.decision in (Decision.REVIEW, Decision.URGENT):
-            review = review_row(prediction, verdict, values, self._settings.urgent_due_h)
+            review = review_row(prediction, verdict, values, document.geometry.crop, self._settings.urgent_due_h)
         image = image_row(self._store, job.image, job.request.context, job.consent, prediction.created_at)
         return PredictionRows(prediction, image, review, job.image), heat_map
 
@@ -280,8 +281,8 @@ class Recorder:
     def _heat_map(self, job: Job, verdict: Verdict, values: Float32Array | None) -> HeatMap | None:
         if not job.request.explain or values is None or verdict.label is None:
             return None
-        square = square_of(job, self._settings.overlay_side_px)
-        return gradcam_map(job.model.loaded, square, values, verdict.label, self._settings.overlay_alpha)
+        shown = framed(job, job.model.document.geometry.frame.shown(self._settings.overlay_side_px))
+        return gradcam_map(job.model.loaded, shown, values, verdict.label, self._settings.overlay_alpha)
 
     def _prediction(
         self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int, effect: ContextEffect | None
@@ -324,15 +325,15 @@ class Recorder:
 
 def pixels_of(job: Job, model: ServedModel) -> UInt8Array:
     """Return a job's pixels in a model's geometry, [S, S, 3]."""
-    return square_of(job, model.document.geometry.side_px)
+    return framed(job, model.document.geometry.frame)
 
 
-def square_of(job: Job, side_px: int) -> UInt8Array:
-    """Return a job's image as the square of a side, [S, S, 3]; decoded only if it was not decoded at that side."""
-    if job.pixels.shape[0] == side_px:
+def framed(job: Job, frame: Frame) -> UInt8Array:
+    """Return what a frame takes of a job's image, [H, W, 3]; decoded only if it was not decoded for that frame."""
+    if job.model.document.geometry.frame == frame:
         return job.pixels
-    found = job.squares.get(side_px)
-    return decode_square(job.image.data, side_px) if found is None else found
+    found = job.decoded.get(frame)
+    return decode_frame(job.image.data, frame) if found is None else found
 
 
 def allowed_jobs(batch: Sequence[Job], kept: Sequence[Consent | Exception]) -> list[Job]:

@@ -42,6 +42,7 @@ def model_details(store: Store, model_id: str) -> ModelDetails:
         refer=refer,
         metrics=document.metrics,
         faithfulness=document.explanation.get("faithfulness"),
+        crop=document.geometry.crop,
         has_report=(bundle_folder(store, record) / REPORT).is_file(),
         context=context_info(document),
         views=document.views,

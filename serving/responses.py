@@ -119,6 +119,7 @@ def explanation_body(heat_map: HeatMap) -> Explanation:
         faithfulness=heat_map.faithfulness,
         shape=[height, width],
         values=heat_map.values.tolist(),
+        crop=heat_map.crop,
         png_base64=base64.b64encode(heat_map.png).decode(),
     )
 

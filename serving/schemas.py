@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from records.bundles import PointName, Rule
+from records.frames import Crop
 from records.types import (
     Confirmation,
     Consent,
@@ -123,8 +124,11 @@ class Explanation(Body):
         default=None, description="measured faithfulness of this model's Grad-CAM maps"
     )
     shape: list[int] = Field(min_length=2, max_length=2, description="rows and columns of `values`")
-    values: list[list[FiniteFloat]] = Field(description="raw map over the centre square of the image, not rescaled")
-    png_base64: str = Field(description="the map drawn over the image, PNG")
+    values: list[list[FiniteFloat]] = Field(description="raw map over the part of the image that `crop` names")
+    crop: Crop = Field(
+        default=Crop.CENTER, description="what the map covers, which is what the model sees: the centre square, or all"
+    )
+    png_base64: str = Field(description="the map drawn over this part of the image, PNG")
 
 
 class ConfirmedCase(Body):
@@ -136,7 +140,7 @@ class ConfirmedCase(Body):
     distance: FiniteFloat = Field(
         ge=0, description="of the model's features; 1 is the largest that is accepted as like the training images"
     )
-    png_base64: str = Field(description="its centre square, PNG")
+    png_base64: str = Field(description="what the model sees of it, PNG")
 
 
 class NearestCases(Body):
@@ -382,6 +386,9 @@ class ServedModelInfo(Body):
     engine: str
     precision: str
     side_px: int
+    crop: Crop = Field(
+        default=Crop.CENTER, description="what it sees of an image: the centre square, or the whole image"
+    )
     classes: list[ClassInfo]
     loaded_at: AwareDatetime
     golden_difference: FiniteFloat = Field(description="largest difference from the golden logits at load time")
@@ -447,6 +454,9 @@ class ModelDetails(ModelInfo):
     metrics: dict[str, Any] = Field(description="on the splits that training may read")
     faithfulness: dict[str, Any] | None = Field(description="measured faithfulness of its Grad-CAM maps")
     has_report: bool = Field(description="whether the bundle has an evaluation report")
+    crop: Crop = Field(
+        default=Crop.CENTER, description="what it sees of an image: the centre square, or the whole image"
+    )
     context: list[ContextInfo] = Field(default_factory=list, description="what it uses beside the image")
     views: int = Field(default=1, ge=1, description="flips and turns of an image whose logits are averaged")
 

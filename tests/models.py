@@ -22,6 +22,7 @@ from records.bundles import (
     OperatingPoints,
     write_bundle,
 )
+from records.frames import Frame
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.taxonomy import DiagnosisClass, KeyClass, Taxonomy
@@ -121,7 +122,7 @@ def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def filled_store(images_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store with the generated images imported and decoded at 32 px."""
     opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("filled") / "home"))
-    import_folder(opened, images_folder, side_px=(32,))
+    import_folder(opened, images_folder, frames=(Frame(32),))
     yield opened
     opened.close()
 

@@ -22,6 +22,7 @@ from records.bundles import (
     ReferPoint,
     write_bundle,
 )
+from records.frames import Crop
 from records.models import register, serve_model, serving_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -65,6 +66,7 @@ def make_bundle(
     status_of_images: str = "finite",
     golden_logits: Any = None,
     metrics: dict[str, Any] | None = None,
+    crop: Crop = Crop.CENTER,
 ) -> Bundle:
     """Write a bundle with the custom CNN's random weights.
 
@@ -79,7 +81,7 @@ def make_bundle(
     taxonomy = store.taxonomy
     torch.manual_seed(seed)
     network = build_model("custom_cnn", len(taxonomy.codes)).eval()
-    geometry = Geometry(side_px=SIDE_PX)
+    geometry = Geometry(side_px=SIDE_PX, crop=crop)
     inputs = np.random.default_rng(seed).integers(0, 256, (4, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
     if status_of_images == "overflow":
         inputs[:] = 0

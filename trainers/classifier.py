@@ -23,12 +23,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.given import GivenImage, given_list, given_name, image_bytes
 from records.arrays import FloatArray, IntArray, UInt8Array
 from records.bundles import Architecture, BundleDocument, OperatingPoints, read_bundle, write_bundle_in
 from records.durable import make_folders
 from records.errors import ArgumentError, ConfigError, ImageError, RefusedError
+from records.frames import Frame
 from records.ids import hash_of, sha256_hex
 from records.settings import first_problem
 from records.taxonomy import DiagnosisClass, Taxonomy
@@ -102,7 +103,7 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
         random = check_random_state(self.random_state)
         settings = self._trainers_settings(int(random.randint(2**31 - 1)))
         val = _validation_rows(labels, members, self.validation_share, random)
-        pixels = _decode(images, settings.model.side_px)
+        pixels = _decode(images, settings.model.frame)
         ids = [sha256_hex(str(number).encode()) for number in range(len(images))]
         data = TrainingData(_Pixels(pixels), ids, labels, np.setdiff1d(np.arange(len(images)), val), val)
         taxonomy = _taxonomy_of(classes)
@@ -119,7 +120,7 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
     def predict_proba(self, X: Iterable[GivenImage]) -> FloatArray:  # noqa: N803
         """Return calibrated probabilities, [N, C], in the order of `classes_`; NotFittedError before `fit`."""
         check_is_fitted(self)
-        logits = self._logits(_decode(given_list(X), self.geometry_.side_px))
+        logits = self._logits(_decode(given_list(X), self.geometry_.frame))
         return apply_calibration(logits, self.calibration_)
 
     def predict(self, X: Iterable[GivenImage]) -> NDArray[Any]:  # noqa: N803
@@ -260,11 +261,11 @@ class _Pixels:
         return found
 
 
-def _decode(images: Sequence[GivenImage], side_px: int) -> UInt8Array:
-    pixels = np.empty((len(images), side_px, side_px, 3), dtype=np.uint8)
+def _decode(images: Sequence[GivenImage], frame: Frame) -> UInt8Array:
+    pixels = np.empty((len(images), frame.side_px, frame.side_px, 3), dtype=np.uint8)
     for number, image in enumerate(images):
         try:
-            pixels[number] = decode_square(image_bytes(image), side_px)
+            pixels[number] = decode_frame(image_bytes(image), frame)
         except ImageError as error:
             raise ImageError(f"{given_name(image, number)}: {error}", error.code) from error
     return pixels

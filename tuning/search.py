@@ -124,9 +124,9 @@ def _planned(store: Store, tuning: TuningSettings, trainers: TrainersSettings, d
 
 
 def _decode(store: Store, images: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
-    """Decode images to every side length that is known now; a trial that draws another one decodes for itself."""
-    for side_px in sorted({settings.model.side_px for settings in wanted}):
-        images.open(store, side_px, progress)
+    """Decode images for every frame that is known now; a trial that draws another one decodes for itself."""
+    for frame in sorted({settings.model.frame for settings in wanted}):
+        images.open(store, frame, progress)
 
 
 def _judge(header: SearchHeader, planner: Planner, tuning: TuningSettings, journal: Journal) -> Judge:

@@ -17,6 +17,7 @@ import numpy as np
 
 from images.cache import PixelCache
 from records.errors import IntegrityError
+from records.frames import Frame
 from records.home import open_home
 from records.settings import RecordsSettings
 from records.store import open_store
@@ -75,7 +76,7 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     if job.workers > 1:
         _train_in_group(settings, job, images, folder, policy, lambda epoch: report(epoch.model_dump(mode="json")))
         return
-    data = _open_images(job, images, settings.model.side_px)
+    data = _open_images(job, images, settings.model.frame)
 
     def on_epoch(epoch: EpochReport) -> None:
         reported = epoch.model_dump(mode="json")
@@ -187,17 +188,17 @@ def _train_in_group(
     from trainers.fitting.job import job_of
 
     with closing(open_store(job.records)) as store:
-        images.open(store, settings.model.side_px)
+        images.open(store, settings.model.frame)
         fitted = job_of(store, settings, images, folder or store.home.runs / "trial", policy)
         fit_distributed(fitted, on_epoch=on_epoch)
 
 
-def _open_images(job: TrialJob, images: DataPlan, side_px: int) -> TrainingData:
+def _open_images(job: TrialJob, images: DataPlan, frame: Frame) -> TrainingData:
     """Map the pixels; only a node that has not decoded them yet opens the store, which takes a second."""
-    cache = PixelCache(open_home(job.records.home).cache, side_px)
+    cache = PixelCache(open_home(job.records.home).cache, frame)
     if cache.missing(images.image_ids):
         with closing(open_store(job.records)) as store:
-            return images.open(store, side_px)
+            return images.open(store, frame)
     return images.mapped(cache)
 
 

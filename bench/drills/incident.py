@@ -34,6 +34,7 @@ from cluster.settings import Settings
 from images.importer import import_folder
 from records.bundles import Bundle
 from records.datasets import build_version, load_dataset
+from records.frames import Frame
 from records.ids import new_id
 from records.models import register
 from records.settings import RecordsSettings
@@ -273,7 +274,7 @@ def main() -> int:
         settings = settings_of(folder / "home", options.epochs)
         write_training_data(folder / "data")
         with closing(open_store(settings.records)) as store:
-            import_folder(store, folder / "data", side_px=(SIDE_PX,))
+            import_folder(store, folder / "data", frames=(Frame(SIDE_PX),))
             promote_model(store, settings, train(store, settings, folder / "run-1").id, provisional=True)
             sent = images_of_the_day()
             predictions = predict(store, settings, sent)

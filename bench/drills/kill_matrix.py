@@ -35,6 +35,7 @@ from labeling.connection import connect
 from labeling.local_server import LocalLabelStudio
 from labeling.settings import LabelingSettings
 from records import audit
+from records.frames import Frame
 from records.ledger.engine import WRITE_OPTION
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -197,7 +198,7 @@ def prepare(home: Path, folder: Path) -> dict[str, Any]:
     settings = settings_of(home, None, None)
     synthesize(folder, lesions=140, seed=3, width_px=96)
     store = open_store(settings.records)
-    report = import_folder(store, folder, withhold_share=0.3, side_px=(32,))
+    report = import_folder(store, folder, withhold_share=0.3, frames=(Frame(32),))
     store.close()
     return {"images": report.images}
 

@@ -43,6 +43,7 @@ from records import audit
 from records.bundles import read_bundle
 from records.datasets import load_dataset
 from records.errors import RelookError
+from records.frames import Frame
 from records.ids import new_id, utc_now
 from records.models import register, serve_model, serving_id
 from records.settings import RecordsSettings
@@ -93,7 +94,7 @@ def prepare(root: Path, scratch: Path) -> None:
     settings = settings_of(root)
     synthesize(scratch / "images", lesions=90, seed=3, width_px=80)
     with closing(open_store(settings.records)) as store:
-        report = import_folder(store, scratch / "images", withhold_share=0.2, side_px=(32,))
+        report = import_folder(store, scratch / "images", withhold_share=0.2, frames=(Frame(32),))
         dataset = load_dataset(store, str(report.dataset_id))
         bundle = fit(store, settings.trainers, dataset, run_dir=scratch / "run", use_ray=False)
         with store.ledger.begin() as tx:

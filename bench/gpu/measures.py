@@ -27,10 +27,11 @@ from PIL import Image
 from bench.gpu.processes import augmented_images, ddp_images_s
 from bench.gpu.served import served_figures
 from bench.train.raw import raw_rate
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.arrays import UInt8Array
 from records.bundles import Bundle, read_bundle
 from records.errors import RelookError
+from records.frames import Frame
 from records.taxonomy import load_taxonomy
 from trainers.classifier import RelookClassifier
 from trainers.fitting.epoch_report import EpochReport
@@ -197,7 +198,7 @@ class GpuBench:
         content, count = buffer.getvalue(), 5 if self.short else 400
         began = time.perf_counter()
         for _ in range(count):
-            decode_square(content, self._subjects[0].side_px)
+            decode_frame(content, Frame(self._subjects[0].side_px))
         return round(count / (time.perf_counter() - began), 1)
 
     def _ddp(self) -> Figures:

@@ -24,6 +24,7 @@ from labeling.connection import require
 from labeling.local_server import LocalLabelStudio
 from labeling.settings import LabelingSettings
 from labeling.simulated_annotator import annotate
+from records.frames import Frame
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import RoundRecord, RoundStep
@@ -77,7 +78,7 @@ def main() -> int:
             records=records, labeling=labeling, trainers=trainers, round=RoundSettings(tune="never", select_budget=40)
         )
         with closing(open_store(records)) as store:
-            report = import_folder(store, options.images, withhold_share=0.15, side_px=(options.side,))
+            report = import_folder(store, options.images, withhold_share=0.15, frames=(Frame(options.side),))
             truth = dict(zip(report.withheld["image_id"], report.withheld["label"], strict=True))
             server = LocalLabelStudio(store.home, labeling)
             server.up()

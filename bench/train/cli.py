@@ -34,7 +34,7 @@ def bench_train(
         # A home of its own: the measurement must neither see nor change the user's data.
         records = settings.records.apart(Path(folder) / "home")
         with closing(open_store(records)) as store, call.ray(settings):
-            plan = prepare(store, data, settings.trainers.model.side_px, Path(folder), bar)
+            plan = prepare(store, data, settings.trainers.model.frame, Path(folder), bar)
             bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, lightning_python)
             figures = bench.run()
     call.emit(figures, figures_table("python -m bench train", figures))

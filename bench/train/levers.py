@@ -44,7 +44,7 @@ def view_logits(bundle: Bundle, store: Store, image_ids: list[str], kept: Path) 
     """Return the logits of every view by itself, [8, N, C]; they are computed once."""
     if not kept.is_file():
         geometry, network = bundle.document.geometry, plain_network(bundle)
-        pixels = PixelCache(store.home.cache, geometry.side_px).rows(image_ids)
+        pixels = PixelCache(store.home.cache, geometry.frame).rows(image_ids)
         parts = []
         with torch.inference_mode():
             for start in range(0, len(pixels), BATCH):

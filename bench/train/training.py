@@ -28,6 +28,7 @@ from images.importer import import_folder
 from images.synth import synthesize
 from records.datasets import DatasetVersion, load_dataset
 from records.errors import ConfigError
+from records.frames import Frame
 from records.store import Store
 from trainers.augmentation import Augmenter, load_policy
 from trainers.augmentation.operations import Canvas
@@ -51,28 +52,28 @@ WARM_UP_STEPS = 3
 Figures = dict[str, Any]
 
 
-def prepare(store: Store, data: Path | None, side_px: int, folder: Path, bar: Progress) -> DataPlan:
+def prepare(store: Store, data: Path | None, frame: Frame, folder: Path, bar: Progress) -> DataPlan:
     """Import what is trained on.
 
     Args:
         store: an empty one.
         data: folder of images; None generates some of HAM10000's size.
-        side_px: of the network.
+        frame: of the network.
         folder: for generated images.
         bar: progress is shown on it.
     Returns:
         Train and val images, decoded.
     """
-    return plan_data(import_images(store, data, side_px, folder, bar), store.taxonomy)
+    return plan_data(import_images(store, data, frame, folder, bar), store.taxonomy)
 
 
-def import_images(store: Store, data: Path | None, side_px: int, folder: Path, bar: Progress) -> DatasetVersion:
+def import_images(store: Store, data: Path | None, frame: Frame, folder: Path, bar: Progress) -> DatasetVersion:
     """Import images to measure with.
 
     Args:
         store: an empty one.
         data: folder of images; None generates some of HAM10000's size.
-        side_px: that they are decoded to.
+        frame: for which they are decoded.
         folder: for generated images.
         bar: progress is shown on it.
     Returns:
@@ -81,7 +82,7 @@ def import_images(store: Store, data: Path | None, side_px: int, folder: Path, b
     if data is None:
         data = folder / "images"
         synthesize(data, lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
-    report = import_folder(store, data, in_place=True, side_px=(side_px,), progress=bar)
+    report = import_folder(store, data, in_place=True, frames=(frame,), progress=bar)
     return load_dataset(store, report.dataset_id)
 
 
@@ -230,7 +231,7 @@ def feeder_rate(store: Store, settings: TrainersSettings, plan: DataPlan, feeder
     Returns:
         Images per second.
     """
-    data, side_px = plan.open(store, settings.model.side_px), settings.model.side_px
+    data, side_px = plan.open(store, settings.model.frame), settings.model.side_px
     augmenter = Augmenter(load_policy(settings.augmentation), Canvas(side_px, (180.0, 140.0, 140.0)))
     source = Feeder(data.pixels, data.labels, data.image_ids, data.train_index, augmenter, settings, feeders=feeders)
     with closing(source):

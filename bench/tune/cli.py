@@ -52,7 +52,7 @@ def bench_tune(
         records = settings.records.apart(root / "home")
         with closing(open_store(records)) as store:
             with progress() as bar:
-                dataset = import_images(store, data, settings.trainers.model.side_px, root, bar)
+                dataset = import_images(store, data, settings.trainers.model.frame, root, bar)
             figures |= _replayed(store, settings, dataset, table or root / "table.jsonl", configurations, images, seeds)
             with call.ray(settings):
                 figures |= {

@@ -90,7 +90,7 @@ def train_table(
     """
     planner = Planner(space, base, trials=configurations, seed=seed)
     images = plan_data(searched_part(dataset, max_train_images, seed), store.taxonomy)
-    data = images.open(store, base.model.side_px)
+    data = images.open(store, base.model.frame)
     done = len(read_table(path, base.epochs)) if path.is_file() else 0
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in range(done, configurations):

@@ -102,7 +102,7 @@ def gather_data(demo: Demo, data: Path | None, columns: Mapping[str, str] | None
         folder,
         columns=columns,
         withhold_share=settings.demo.withhold_share,
-        side_px=(settings.trainers.model.side_px,),
+        frames=(settings.trainers.model.frame,),
         # Nobody is in a generated image; what others agreed to is theirs to say.
         consent=Consent.DISPLAY if data is None else Consent.TRAINING,
     )

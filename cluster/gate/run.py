@@ -92,7 +92,7 @@ def count_looks(store: Store) -> dict[str, int]:
 def _map_similarity(store: Store, bundle: Bundle, dataset: DatasetVersion, seed: int) -> float | None:
     """Compare heat maps of validation images with those of the same network with random weights."""
     image_ids = [str(image_id) for image_id in dataset.split(Split.VAL)["image_id"][:SANITY_IMAGES]]
-    cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
+    cache = PixelCache(store.home.cache, bundle.document.geometry.frame)
     cache.ensure(store, image_ids)
     return randomisation_similarity(bundle, cache.rows(image_ids).take(np.arange(len(image_ids))), seed=seed)
 

@@ -12,7 +12,7 @@ from math import inf, log
 import numpy as np
 
 from cluster.incidents.evidence import BATCH, Seen, described
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.errors import UnavailableError
 from records.parts import attempt
 from records.store import Store, read_image
@@ -147,10 +147,8 @@ def _add_neighbours(
 
 
 def _distances(store: Store, seen: Seen, images: Sequence[Image]) -> dict[str, float]:
-    side_px = seen.loaded.geometry.side_px
-    decoded = [
-        (image.id, attempt(lambda one: decode_square(read_image(store, one), side_px), image)) for image in images
-    ]
+    frame = seen.loaded.geometry.frame
+    decoded = [(image.id, attempt(lambda one: decode_frame(read_image(store, one), frame), image)) for image in images]
     # An image whose file is gone stops no other; an unreachable store does.
     for _, pixels in decoded:
         if isinstance(pixels, UnavailableError):

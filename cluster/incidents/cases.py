@@ -11,11 +11,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.labels import resolved_labels
-from images.decode import decode_square
+from images.decode import decode_frame
 from records import audit
 from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.context import context_of_image
+from records.frames import Frame
 from records.incidents import regression_cases
 from records.ledger import Transaction
 from records.parts import attempt, each_in_parts
@@ -86,11 +87,11 @@ def judge(
         return []
     loaded = load_model(bundle, precision=settings.precision)
     images = {image.id: image for image in find_images(store, sorted({case.image_id for case in cases}))}
-    side_px = loaded.geometry.side_px
+    frame = loaded.geometry.frame
     results: list[CaseResult] = []
     for at in range(0, len(cases), _BATCH):
         part = cases[at : at + _BATCH]
-        read = [attempt(partial(_pixels, store, side_px), images[case.image_id]) for case in part]
+        read = [attempt(partial(_pixels, store, frame), images[case.image_id]) for case in part]
         usable = [
             (images[case.image_id], one) for case, one in zip(part, read, strict=True) if isinstance(one, np.ndarray)
         ]
@@ -114,8 +115,8 @@ def in_words(result: CaseResult) -> str:
     return f"image {result.image_id[:12]} ({result.truth}) of incident {result.incident_id}: {what}"
 
 
-def _pixels(store: Store, side_px: int, image: Image) -> UInt8Array:
-    return decode_square(read_image(store, image), side_px)
+def _pixels(store: Store, frame: Frame, image: Image) -> UInt8Array:
+    return decode_frame(read_image(store, image), frame)
 
 
 def _verdicts(

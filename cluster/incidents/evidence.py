@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from images.cache import PixelCache
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.overlay import levels_of
 from records.arrays import FloatArray, UInt8Array
 from records.bundles import Bundle
@@ -64,7 +64,7 @@ def examine(store: Store, settings: ServingSettings, prediction: Prediction, tru
     image, data = _image_of(store, prediction)
     bundle = bundle_of(store, prediction)
     loaded = load_for(bundle, prediction)
-    pixels = decode_square(data, loaded.geometry.side_px)[None]
+    pixels = decode_frame(data, loaded.geometry.frame)[None]
     output, batch_size = _computed_again(loaded, pixels, prediction, settings.max_batch_size)
     (verdict,) = verdicts_of(bundle, loaded, output, pixels, [min(image.width_px, image.height_px)], settings)
     vector = described(loaded, pixels)[0]
@@ -80,6 +80,7 @@ def examine(store: Store, settings: ServingSettings, prediction: Prediction, tru
         quality_score=verdict.suitability.quality_score,
         quality_reason=verdict.suitability.quality_reason,
         maps=_maps(output, bundle.document.taxonomy, [verdict.label, truth]),
+        crop=loaded.geometry.crop,
         neighbours=neighbours,
         neighbours_of=compared,
         looked_at=0,
@@ -231,7 +232,7 @@ def _neighbours(
         return [], 0  # a model that was trained elsewhere
     # The sample that the bundle's own checks are fitted to: a whole split may take minutes.
     image_ids = [image.id for image in find_images(store, sample_of_train(store, dataset)) if image.erased_at is None]
-    cache = PixelCache(store.home.cache, loaded.geometry.side_px)
+    cache = PixelCache(store.home.cache, loaded.geometry.frame)
     try:
         cache.ensure(store, image_ids)
     except DataError:

@@ -275,6 +275,7 @@ def _ask(
             reasons=[ReasonCode.INCIDENT],
             priority=priority_of((ReasonCode.INCIDENT,), probabilities_of(one, store.taxonomy), store.taxonomy),
             due=due, heat_map=heat_map if one.id == incident.prediction_id else None,
+            crop=incident.evidence.get("crop", "center"),
         )
         for image_id, one in by_image.items()
         if image_id in stored

@@ -31,6 +31,7 @@ from labeling.existing.page import LabelPage, read_page
 from labeling.rows import TaskRow
 from labeling.servers import server_name
 from records.errors import DataError, ImageError, UnknownIdError
+from records.frames import Frame
 from records.ids import canonical_json, sha256_hex
 from records.images import strip_metadata
 from records.lease import hold
@@ -74,7 +75,7 @@ def import_project(
     allowed_hosts: Sequence[str] = (),
     correct: bool = False,
     method: ConsensusMethod = "majority",
-    side_px: Sequence[int] = (64,),
+    frames: Sequence[Frame] = (),
     progress: Progress | None = None,
 ) -> ProjectImport:
     """Import the tasks of a project with their images and annotations.
@@ -89,7 +90,7 @@ def import_project(
         allowed_hosts: further hosts that images are fetched from; see `TaskFiles`.
         correct: see `import_folder`.
         method: setting `labeling.consensus`.
-        side_px: sides at which the images are decoded into the cache.
+        frames: for which the images are decoded into the cache at once.
         progress: gets bars.
     Returns:
         What was imported.
@@ -112,7 +113,7 @@ def import_project(
     ):
         tasks = _Reading(store, client, project_id, page, files, server, fetched).run(progress)
         report = _import(store, client, project_id, page, tasks, dict(columns or {}), method)(
-            correct=correct, side_px=side_px, progress=progress
+            correct=correct, frames=frames, progress=progress
         )
         added, withdrawn = write_annotations(store, server, project_id, tasks)
     said = [one for task in tasks for one in task.said if task.image_id]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from records.frames import Crop
 from records.types.base import Record, Timestamp
 
 
@@ -129,6 +130,7 @@ class Evidence(_Part):
     maps: dict[str, list[list[int]]] = Field(
         description="Grad-CAM of the predicted and of the true class, as 0 to 255 of the maximum"
     )
+    crop: Crop = Field(default=Crop.CENTER, description="what the model saw of the image, and the maps cover")
     neighbours: list[TrainingNeighbour] = Field(description="nearest training images, nearest first")
     neighbours_of: int = Field(description="training images that were compared; 0: they are not here")
     looked_at: int = Field(description="served predictions of the model that were compared, the newest")

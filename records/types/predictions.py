@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from records.frames import Crop
 from records.types.base import Probability, Record, Timestamp
 from records.types.images import Confirmation, Consent
 
@@ -124,7 +125,7 @@ class ReviewItem(Record):
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(
         {"state", "priority", "reasons", "project_id", "task_id", "pushed_at", "answered_at", "overlay_blob"}
-        | {"comment", "suggested_label", "blind", "reader", "sent_hash", "heat_map", "cases"}
+        | {"comment", "suggested_label", "blind", "reader", "sent_hash", "heat_map", "crop", "cases"}
     )
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("state", "priority"),
@@ -146,6 +147,7 @@ class ReviewItem(Record):
     heat_map: list[list[int]] | None = Field(
         default=None, description="rows of the heat map, 0 to 255 of its maximum; it is drawn over the image when shown"
     )
+    crop: Crop = Field(default=Crop.CENTER, description="the part of the image that `heat_map` covers")
     overlay_blob: str | None = Field(
         default=None, description="blob id of the drawn heat map, PNG, in items that are older than `heat_map`"
     )

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.overlay import overlay_png
 from records.arrays import UInt8Array
 from records.errors import RelookError
+from records.frames import Crop, Frame
 from records.incidents import predictions_of
 from records.store import Store, read_image
 from records.types import Consent, Image, Incident, IncidentPrediction, Prediction
@@ -77,31 +78,33 @@ def _affected(row: IncidentPrediction) -> dict[str, Any]:
 
 def _case_images(store: Store, image: Image | None, evidence: Evidence | None) -> list[tuple[str, str]]:
     """Return (class code or empty, data URI) of the image and of each heat map over it."""
-    square = _square(store, image, SIDE_PX)
-    if square is None:
+    shown = _shown(store, image, evidence, SIDE_PX)
+    if shown is None:
         return []
     maps = evidence.maps if evidence is not None else {}
-    drawn = [(code, _uri(square, np.array(levels, dtype=np.float32))) for code, levels in maps.items()]
-    return [("", _uri(square)), *drawn]
+    drawn = [(code, _uri(shown, np.array(levels, dtype=np.float32))) for code, levels in maps.items()]
+    return [("", _uri(shown)), *drawn]
 
 
 def _neighbours(store: Store, evidence: Evidence | None, images: dict[str, Image]) -> list[dict[str, Any]]:
     found = []
     for one in evidence.neighbours if evidence is not None else ():
-        square = _square(store, images.get(one.image_id), SMALL_PX)
-        found.append({**one.model_dump(), "uri": None if square is None else _uri(square)})
+        shown = _shown(store, images.get(one.image_id), evidence, SMALL_PX)
+        found.append({**one.model_dump(), "uri": None if shown is None else _uri(shown)})
     return found
 
 
-def _square(store: Store, image: Image | None, side_px: int) -> UInt8Array | None:
+def _shown(store: Store, image: Image | None, evidence: Evidence | None, side_px: int) -> UInt8Array | None:
+    """Return what the model saw of an image; None if it may not be shown, or cannot be read."""
     if image is None or image.erased_at is not None or image.consent is Consent.NONE:
         return None
     try:
-        return decode_square(read_image(store, image), side_px)
+        crop = Crop.CENTER if evidence is None else evidence.crop
+        return decode_frame(read_image(store, image), Frame(side_px, crop).shown(side_px))
     except RelookError:
         return None  # a file that was moved or damaged since; the page is about more than its pixels
 
 
-def _uri(square: UInt8Array, heat_map: Any = None) -> str:
-    png = overlay_png(square, np.zeros((1, 1), dtype=np.float32) if heat_map is None else heat_map)
+def _uri(shown: UInt8Array, heat_map: Any = None) -> str:
+    png = overlay_png(shown, np.zeros((1, 1), dtype=np.float32) if heat_map is None else heat_map)
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from PIL import Image as PillowImage
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.synth import SHARES
 from images.synth import render as render_image
 from records.errors import ImageError
+from records.frames import Frame
 from records.ids import sha256_hex
 from records.images import strip_metadata
 from records.progress import say
@@ -71,7 +72,7 @@ def _shown(folder: Path | None, code: str, store: Store | None) -> bytes | None:
             if store is not None and _is_withdrawn(store, sha256_hex(strip_metadata(data)), sha256_hex(data)):
                 say(f"the example {path} is not shown: the image was erased or its consent was lowered")
                 continue
-            square = decode_square(data, SIDE_PX)
+            square = decode_frame(data, Frame(SIDE_PX))
         except (ImageError, OSError) as error:
             say(f"the example {path} is not shown: {error}")
             continue

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.overlay import COLOUR_MAP, resized_strength
+from records.frames import Frame
 from serving.page.render import render
 from serving.schemas import Explanation
 from vision.explanations.methods import METHODS
@@ -23,12 +24,16 @@ class Layers:
     """Image and map as data URIs of equal size.
 
     Args:
-        image: centre square of the image, the part that the model sees.
+        image: the part of the image that the model sees, in its proportions.
         heat: the map, transparent where nothing counted for the class.
+        width_px: of both.
+        height_px: of both.
     """
 
     image: str
     heat: str
+    width_px: int
+    height_px: int
 
 
 def draw_layers(image: bytes, explanation: Explanation, side_px: int) -> Layers:
@@ -37,7 +42,7 @@ def draw_layers(image: bytes, explanation: Explanation, side_px: int) -> Layers:
     Args:
         image: a JPEG, PNG or WebP file.
         explanation: its positive values are drawn; negative ones count as zero.
-        side_px: width and height of both layers.
+        side_px: longer side of both layers.
     Returns:
         The layers.
     Raises:
@@ -45,14 +50,15 @@ def draw_layers(image: bytes, explanation: Explanation, side_px: int) -> Layers:
     """
     from matplotlib import colormaps
 
-    square = Image.fromarray(decode_square(image, side_px))
-    strength = resized_strength(np.array(explanation.values, dtype=np.float32), side_px, side_px)
+    shown = Image.fromarray(decode_frame(image, Frame(side_px, explanation.crop).shown(side_px)))
+    strength = resized_strength(np.array(explanation.values, dtype=np.float32), shown.height, shown.width)
     levels = np.rint(strength * 255).astype(np.uint8)
     # Colour and opacity both encode the strength, as in the overlay that the API draws.
     heat = colormaps[COLOUR_MAP](levels, bytes=True)
     heat[..., 3] = levels
     # Compression level 1: the URI is sent once to one browser, and higher levels take longer than they save.
-    return Layers(_uri(square, "JPEG", quality=90), _uri(Image.fromarray(heat), "PNG", compress_level=1))
+    drawn = _uri(Image.fromarray(heat), "PNG", compress_level=1)
+    return Layers(_uri(shown, "JPEG", quality=90), drawn, shown.width, shown.height)
 
 
 def heat_map_html(explanation: Explanation, names: dict[str, str], layers: Layers | None) -> str:

@@ -57,7 +57,7 @@ class PredictHandlers:
 
     Args:
         api: access to the API.
-        side_px: width and height of the heat map's layers.
+        side_px: longer side of the heat map's layers.
     """
 
     def __init__(self, api: PageApi, side_px: int) -> None:

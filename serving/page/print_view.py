@@ -7,9 +7,10 @@ most unless the taxonomy is large. An image that was erased, or came without con
 import base64
 from datetime import datetime
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.overlay import image_png
 from records.errors import RelookError
+from records.frames import Crop, Frame
 from records.store import Store, read_image
 from records.types import Consent, Image, Prediction, ReviewItem
 from serving.messages import HeatMap
@@ -66,7 +67,7 @@ def print_html(
         context=prediction.context,
         state=None if body.review is None else state_text(body.review),
         details=details,
-        image=_image(store, prediction),
+        image=_image(store, prediction, Crop.CENTER if details is None else details.crop),
         heat_map=None if body.explanation is None else body.explanation.png_base64,
         method="" if heat_map is None else method_text(explanation_body(heat_map)),
         disclaimer=DISCLAIMER,
@@ -81,13 +82,15 @@ def _details(store: Store, model_id: str) -> ModelDetails | None:
         return None  # a model whose bundle is gone; what it predicted is stored
 
 
-def _image(store: Store, prediction: Prediction) -> str | None:
-    """Return the image as base64; None where it may not be shown or is not there."""
+def _image(store: Store, prediction: Prediction, crop: Crop) -> str | None:
+    """Return what the model saw of the image as base64; None where it may not be shown or is not there."""
     with store.ledger.read() as tx:
         image = tx.get(Image, prediction.image_id)
     if image is None or image.erased_at is not None or prediction.consent is Consent.NONE:
         return None
     try:
-        return base64.b64encode(image_png(decode_square(read_image(store, image), SIDE_PX))).decode()
+        return base64.b64encode(
+            image_png(decode_frame(read_image(store, image), Frame(SIDE_PX, crop).shown(SIDE_PX)))
+        ).decode()
     except RelookError:
         return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from records.arrays import UInt8Array
 from records.context import Known
 from records.errors import RelookError
+from records.frames import Frame
 from records.ids import sha256_hex
 from records.models import UNDER_WAY, current_rollout, generation
 from records.store import Store
@@ -86,10 +87,10 @@ class CandidateRunner:
             logger.error("the rollout stays as it is: %s", error)
             return False
 
-    def sides_px(self) -> tuple[int, ...]:
-        """Return the side of the images that the candidate takes; empty if there is none."""
+    def frames(self) -> tuple[Frame, ...]:
+        """Return what the candidate sees of an image; empty if there is none."""
         running = self._running
-        return () if running is None else (running[1].document.geometry.side_px,)
+        return () if running is None else (running[1].document.geometry.frame,)
 
     def select(self, keys: Sequence[str], stage: RolloutStage) -> CandidateRows | None:
         """Select the rows of a batch that the candidate predicts.

@@ -6,11 +6,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 from fastapi.concurrency import run_in_threadpool
 
-from records.arrays import Float32Array
 from records.errors import RelookError
 from records.types import Consent, Prediction, ReviewItem, Scope
 from serving.access.keys import Caller
 from serving.events import read_events
+from serving.messages import HeatMap
 from serving.outbox import has_map, write_flag, write_outcome
 from serving.responses import find_prediction, flag_body
 from serving.routes.admission import Admission
@@ -73,14 +73,14 @@ def feedback_router(service: Service, authenticator: Authenticator, admission: A
 
 async def _map_for_annotators(
     admission: Admission, caller: Caller, prediction: Prediction, review: ReviewItem | None
-) -> Float32Array | None:
-    """Return the heat map for the review item of a flag, [h, w]; None if there is none or the item has one."""
+) -> HeatMap | None:
+    """Return the heat map for the review item of a flag; None if there is none or the item has one."""
     if prediction.consent is Consent.NONE or (review is not None and has_map(review)):
         return None
     service = admission.service
     try:
         # Through the same limits as any other map, or flags would be a way around them.
-        return (await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))).values
+        return await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))
     except RelookError as error:
         # The flag matters more than its heat map, so it is written without one.
         logger.warning("no heat map for the flag on %s: %s", prediction.id, error)

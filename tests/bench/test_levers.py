@@ -8,6 +8,7 @@ import pytest
 from bench.train import levers
 from images.importer import open_dataset
 from records.bundles import Calibration
+from records.frames import Frame
 from records.store import Store, find_images
 from records.types import AuditEvent, Split
 from tests.models import write_random_bundle
@@ -22,7 +23,9 @@ def test_rows_of_views_and_splits_as_one(filled_store: Store, tmp_path: Path, mo
     bundle = write_random_bundle(filled_store, "custom_cnn", side_px=32, dataset_id=dataset.id, calibration=calibration)
     val = levers.as_served(filled_store, bundle, Split.VAL, tmp_path)
     logits = levers.view_logits(bundle, filled_store, val.image_ids, tmp_path / "views.npy")
-    pixels = levers.PixelCache(filled_store.home.cache, 32).rows(val.image_ids).take(np.arange(len(val.image_ids)))
+    pixels = (
+        levers.PixelCache(filled_store.home.cache, Frame(32)).rows(val.image_ids).take(np.arange(len(val.image_ids)))
+    )
     for views in levers.VIEWS:
         whole = reference_logits(plain_network(bundle), pixels, bundle.document.geometry, views)
         assert np.allclose(logits[:views].mean(axis=0), whole, atol=1e-5)

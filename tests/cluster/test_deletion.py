@@ -15,6 +15,7 @@ from cluster.deletion import places
 from cluster.settings import Settings
 from images.cache import PixelCache
 from records import audit
+from records.frames import Frame
 from records.home import FOLDERS
 from records.ids import utc_now
 from records.keys import patient_hash
@@ -46,7 +47,7 @@ def add_image(store: Store, name: str, **changes: Any) -> str:
     }  # fmt: skip
     with store.ledger.begin() as tx:
         tx.add(Image(id=image, **values))
-    PixelCache(store.home.cache, 8).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
+    PixelCache(store.home.cache, Frame(8)).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
     return image
 
 
@@ -58,7 +59,7 @@ def test_retention_reports_deletes_and_reports_again(store: Store, relook: Json)
     done = relook("retention", *days)
     assert (done["dry_run"], done["images"], done["predictions_before"]) == (False, 1, None)
     assert not store.blobs.has(image)
-    assert PixelCache(store.home.cache, 8).missing([image]) == [image]
+    assert PixelCache(store.home.cache, Frame(8)).missing([image]) == [image]
     assert relook("retention", *days)["images"] == 0
     shorter = (*days, "--set", "records.keep_predictions_days=3")
     assert "at least as long as its image" in relook("retention", *shorter, code=2)["error"]["message"]
@@ -93,13 +94,13 @@ def test_retention_finishes_what_a_killed_erasure_left(store: Store, relook: Jso
     image = add_image(store, "a")
     relook("erase", image)
     store.blobs.put(b"a")
-    PixelCache(store.home.cache, 8).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
+    PixelCache(store.home.cache, Frame(8)).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
     orphan, young = store.blobs.put(b"no row names it"), store.blobs.put(b"nor this one, yet")
     week_ago = (utc_now() - timedelta(days=8)).timestamp()
     os.utime(next(store.home.blobs.rglob(orphan)), (week_ago, week_ago))
     relook("retention")
     assert list(store.blobs.ids()) == [young]
-    assert PixelCache(store.home.cache, 8).missing([image]) == [image]
+    assert PixelCache(store.home.cache, Frame(8)).missing([image]) == [image]
 
 
 def test_everything_of_a_person_is_erased(store: Store, relook: Json, tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_everything_of_a_person_is_erased(store: Store, relook: Json, tmp_path: 
     assert (done["blobs"], done["left_in_place"], done["models"]) == (3, [str(file)], [])
     assert not [image for image in (*theirs, in_place) if store.blobs.has(image)]
     assert store.blobs.has(other)
-    assert PixelCache(store.home.cache, 8).missing([*theirs, other]) == theirs
+    assert PixelCache(store.home.cache, Frame(8)).missing([*theirs, other]) == theirs
     with store.ledger.read() as tx:
         assert tx.count(AuditEvent, where={"action": "image.erased"}) == 3
     assert "no image of this patient" in relook("erase", "--patient", "P-17", code=2)["error"]["message"]

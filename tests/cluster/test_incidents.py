@@ -31,6 +31,7 @@ from records.bundles import Bundle, OperatingPoints
 from records.datasets import load_dataset
 from records.erasure import erase_images
 from records.errors import AccessError, DataError, RefusedError, RelookError, TaxonomyError, UnknownIdError
+from records.frames import Frame
 from records.ids import new_id
 from records.incidents import regression_cases
 from records.lineage import trace
@@ -92,7 +93,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     settings = drill.settings_of(folder / "home")
     drill.write_training_data(folder / "data")
     store = open_store(settings.records)
-    import_folder(store, folder / "data", side_px=(drill.SIDE_PX,))
+    import_folder(store, folder / "data", frames=(Frame(drill.SIDE_PX),))
     first = drill.train(store, settings, folder / "run-1")
     promote_model(store, settings, first.id, provisional=True)
     sent = drill.images_of_the_day()

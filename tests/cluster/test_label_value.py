@@ -18,6 +18,7 @@ from images.synth import synthesize
 from records.bundles import Bundle
 from records.datasets import DatasetVersion, build_version
 from records.errors import DataError
+from records.frames import Frame
 from records.store import Store
 from records.types import Confirmation, ResolvedLabel, Split
 from serving.label_value import label_value
@@ -40,7 +41,7 @@ def _said(image_id: str, label: str) -> ResolvedLabel:
 def imported(store: Store, tmp_path: Path) -> DatasetVersion:
     """Generated lesions, as many of each class."""
     synthesize(tmp_path / "data", lesions=105, seed=5, width_px=80, shares=dict.fromkeys(store.taxonomy.codes, 1 / 7))
-    import_folder(store, tmp_path / "data", side_px=(SIDE_PX,))
+    import_folder(store, tmp_path / "data", frames=(Frame(SIDE_PX),))
     return open_dataset(store, None)
 
 
@@ -64,7 +65,7 @@ def test_it_says_what_labels_and_the_last_round_bought(
     assert sum(one.labels for one in first.classes) == first.labels
 
     synthesize(tmp_path / "pool", lesions=20, seed=6, width_px=80)
-    pool, _ = take_in_folder(store, tmp_path / "pool", SIDE_PX)
+    pool, _ = take_in_folder(store, tmp_path / "pool", Frame(SIDE_PX))
     earlier = [_said(image_id, "nv") for image_id in pool[:4]]
     parent = build_version(store, resolved=earlier, round_number=1, parent_id=imported.id).version
     later = [_said(pool[0], "mel"), *earlier[1:], *(_said(image_id, "bcc") for image_id in pool[4:9])]
@@ -98,6 +99,6 @@ def test_a_home_with_too_few_labels_is_refused(
     store: Store, make_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:
     synthesize(tmp_path / "data", lesions=14, seed=5, width_px=80)
-    import_folder(store, tmp_path / "data", side_px=(SIDE_PX,))
+    import_folder(store, tmp_path / "data", frames=(Frame(SIDE_PX),))
     with pytest.raises(DataError, match="needs 60 labelled images on train"):
         value_of_labels(store, make_bundle(store, "custom_cnn", 0, SIDE_PX), open_dataset(store, None))

@@ -13,6 +13,7 @@ from images.synth import synthesize
 from records import audit
 from records.bundles import Bundle
 from records.errors import AccessError, RefusedError
+from records.frames import Frame
 from records.ids import new_id, utc_now
 from records.models import register
 from records.store import Store
@@ -28,7 +29,7 @@ def bundle(store: Store, tmp_path: Path) -> Bundle:
     from records.datasets import load_dataset
 
     synthesize(tmp_path / "images", lesions=90, seed=1, width_px=80)
-    dataset = load_dataset(store, import_folder(store, tmp_path / "images", side_px=(32,)).dataset_id)
+    dataset = load_dataset(store, import_folder(store, tmp_path / "images", frames=(Frame(32),)).dataset_id)
     settings = TrainersSettings(
         model=ModelSettings(name="custom_cnn", side_px=32),
         epochs=1,

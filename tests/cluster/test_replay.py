@@ -14,6 +14,7 @@ from cluster.settings import RoundSettings, Settings
 from images.importer import import_folder
 from images.synth import synthesize
 from records.errors import IntegrityError, RefusedError, UnknownIdError
+from records.frames import Frame
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, ModelRecord, RoundStep
@@ -44,7 +45,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         patch.setattr(f"{module}.ray_is_running", lambda: False)
     synthesize(folder / "images", lesions=140, seed=3, width_px=96)
     store = open_store(settings.records)
-    import_folder(store, folder / "images", side_px=(32,))
+    import_folder(store, folder / "images", frames=(Frame(32),))
     run_round(store, settings, started_by="test")
     yield store, request.param
     patch.undo()

@@ -25,6 +25,7 @@ from images.importer import import_folder
 from images.synth import synthesize
 from labeling.environment import DATABASE
 from labeling.settings import LabelingSettings
+from records.frames import Frame
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.settings import RecordsSettings
@@ -245,7 +246,7 @@ def wait_until(met: Callable[[], bool], timeout_s: float = 500.0) -> bool:
 @pytest.mark.soak
 def test_two_watching_commands_run_one_round_when_the_labels_are_in(store: Store, tmp_path: Path) -> None:
     synthesize(tmp_path / "images", lesions=140, seed=3, width_px=96)
-    withheld = import_folder(store, tmp_path / "images", withhold_share=0.3, side_px=(32,)).withheld
+    withheld = import_folder(store, tmp_path / "images", withhold_share=0.3, frames=(Frame(32),)).withheld
     with store.ledger.begin() as tx:
         add_round(tx)
 

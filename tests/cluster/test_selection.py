@@ -21,6 +21,7 @@ from records.bundles import (
     write_bundle,
 )
 from records.errors import DataError
+from records.frames import Frame
 from records.ids import new_id, utc_now
 from records.models import register, serve_model
 from records.store import Store
@@ -93,7 +94,7 @@ def _items(store: Store) -> list[ReviewItem]:
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_every_rule_selects_with_a_real_model(store: Store, model: Bundle, folder: Path, rule: str) -> None:
-    among, refused = take_in_folder(store, folder, SIDE_PX)
+    among, refused = take_in_folder(store, folder, Frame(SIDE_PX))
     assert (len(among), len(refused)) == (8, 1)
     assert "broken.jpg" in refused[0]
     assert select_images(store, model, {rule: 3}, among=among) == 3
@@ -120,7 +121,7 @@ def test_the_command_takes_a_folder_and_a_mix(
 
 
 def test_the_pool_knows_the_class_shares_and_the_labels_so_far(store: Store, model: Bundle, folder: Path) -> None:
-    among, _ = take_in_folder(store, folder, SIDE_PX)
+    among, _ = take_in_folder(store, folder, Frame(SIDE_PX))
     codes = store.taxonomy.codes
     imported = [(among[0], "nv"), (among[1], "mel"), (among[2], "nv"), (among[2], "bcc")]  # the last is a correction
     with store.ledger.begin() as tx:
@@ -189,7 +190,7 @@ def test_the_setting_says_which_probabilities_rules_read(
 
 def test_a_folder_without_images_is_named(store: Store, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image"):
-        take_in_folder(store, tmp_path, SIDE_PX)
+        take_in_folder(store, tmp_path, Frame(SIDE_PX))
 
 
 def test_dropout_passes_differ_and_are_reproducible(model: Bundle) -> None:

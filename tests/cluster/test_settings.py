@@ -140,6 +140,7 @@ def test_text_becomes_the_type_of_its_field(text: str, expected: object) -> None
             r"trainers\.optimizer\.momentum = '2' \(from --set\) .*less than 1; a valid value is 0\.9 \(of sgd\)",
         ),
         ("trainers.model.side_px=16", r"trainers\.model: trainers\.model\.side_px is 16, and custom_cnn needs"),
+        ("trainers.model.crop=padded", r"trainers\.model\.crop = 'padded' .*it should be 'center' or 'whole'"),
         ("trainers.epochs.x=3", r"no setting trainers\.epochs\.x \(from --set\); trainers\.epochs is a value"),
         ("trainers.optimizer.name=adm", r"unknown optimizer 'adm'; there are .*sgd.*; a valid value is 'sgd'"),
         ("trainers.workers.use_gpu=perhaps", r"it should be 'auto' or it should be a valid boolean"),

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.decoder_pillow import Wanted, decode_here
 from images.decoder_pool import DecoderPool, _arrays
 from images.decoder_process import FAILED, PIXELS, _work, receive, send
 from images.settings import ImagesSettings
 from records.errors import UnavailableError
+from records.frames import Crop, Frame
 from records.images import strip_metadata
 from tests import hostile_images as made
 from tests.dicoms import dicom
@@ -30,10 +31,20 @@ def test_decoders_that_end_at_once_are_a_sentence(monkeypatch: pytest.MonkeyPatc
 
 def test_replies_of_a_decoder_that_was_taken_over_are_refused() -> None:
     body = memoryview(bytes(2 * 2 * 3))
-    assert [part.shape for part in _arrays({"shapes": [[2, 2]]}, body, Wanted((2,)))] == [(2, 2, 3)]
-    for shapes, sides_px in (([[2, 2]], (3,)), ([[2, 2], [2, 2]], ()), ([[0, 2]], ()), ([], ())):
+    assert [part.shape for part in _arrays({"shapes": [[2, 2]]}, body, Wanted((Frame(2),)))] == [(2, 2, 3)]
+    shown = Frame(2, Crop.WHOLE).shown(2)
+    assert [part.shape for part in _arrays({"shapes": [[1, 2]]}, body[:6], Wanted((shown,)))] == [(1, 2, 3)]
+    for shapes, frames in (
+        ([[2, 2]], (Frame(3),)),
+        ([[1, 2]], (Frame(2, Crop.WHOLE),)),
+        ([[2, 3]], (shown,)),
+        ([[2, 2]], (shown, shown)),
+        ([[2, 2], [2, 2]], ()),
+        ([[0, 2]], ()),
+        ([], ()),
+    ):
         with pytest.raises(UnavailableError, match="pixels of another size than asked for"):
-            _arrays({"shapes": shapes}, body, Wanted(sides_px))
+            _arrays({"shapes": shapes}, body, Wanted(frames))
     with pytest.raises(UnavailableError, match="another number of pixels than it said"):
         _arrays({"shapes": [[2, 3]]}, body, Wanted())
 
@@ -68,11 +79,11 @@ def test_messages_of_another_form_are_refused(ends: tuple[socket.socket, socket.
 def test_what_a_decoder_replies(ends: tuple[socket.socket, socket.socket]) -> None:
     one, other = ends
     as_dicom = {"dicom": ImagesSettings().model_dump(mode="json")}
-    squares = {"sides_px": [8], "max_side_px": None}
+    squares = {"frames": [(8, "center", True)], "max_side_px": None}
     _work(one, decode_here, squares, strip_metadata(SMALL))
     kind, document, body = receive(other, 8 * 8 * 3)
     assert (kind, document) == (PIXELS, {"shapes": [[8, 8]], "tags": {}})
-    assert np.array_equal(np.frombuffer(body, np.uint8).reshape(8, 8, 3), decode_square(SMALL, 8))
+    assert np.array_equal(np.frombuffer(body, np.uint8).reshape(8, 8, 3), decode_frame(SMALL, Frame(8)))
     _work(one, decode_here, as_dicom, dicom(IMAGE[:8, :8], PatientAge="045Y"))
     kind, document, body = receive(other, 8 * 8 * 3)
     assert (kind, document["shapes"], document["tags"]["age_years"]) == (PIXELS, [[8, 8]], 45)

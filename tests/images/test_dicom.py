@@ -17,13 +17,14 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_voi_lut
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
-from images.decode import CostlyError, decode_if_cheap, decode_square
+from images.decode import CostlyError, decode_frame, decode_if_cheap
 from images.decoder_dicom import decode_dicom
 from images.dicom import read_dicom
 from images.importer import ImportReport, import_folder, open_dataset
 from images.settings import VARIABLE, ImagesSettings
 from records.datasets import load_dataset
 from records.errors import DataError, ImageError
+from records.frames import Frame
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.taxonomy import Taxonomy
@@ -134,9 +135,9 @@ def test_a_window_equals_pydicoms() -> None:
 
 def test_what_is_decoded_from_a_file_is_what_is_decoded_from_its_png() -> None:
     data = dicom(COLOUR)
-    assert np.array_equal(decode_square(data, 24), decode_square(read_dicom(data).png, 24))
+    assert np.array_equal(decode_frame(data, Frame(24)), decode_frame(read_dicom(data).png, Frame(24)))
     with pytest.raises(CostlyError):
-        decode_if_cheap(data, [24])
+        decode_if_cheap(data, [Frame(24)])
 
 
 # ---------------------------------------------------------------- refusals

@@ -14,9 +14,10 @@ import yaml
 from PIL import Image as PillowImage
 
 import relook
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.importer import ImportReport, import_folder
 from records.errors import DataError
+from records.frames import Frame
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Split
@@ -216,9 +217,9 @@ def test_one_file_of_each_odd_kind(tmp_path: Path) -> None:
     for name, (_, why) in files.items():
         assert why is None or why in refused[name]
     # The model sees a grey image in its own brightness, and nothing of the colours under transparent pixels.
-    grey = decode_square(files["grey16.png"][0], 24)
+    grey = decode_frame(files["grey16.png"][0], Frame(24))
     assert 90 < grey.mean() < 165
-    assert not (decode_square(files["hidden_colours.png"][0], 24) == (250, 0, 250)).all(axis=-1).any()
+    assert not (decode_frame(files["hidden_colours.png"][0], Frame(24)) == (250, 0, 250)).all(axis=-1).any()
 
 
 def test_folders_of_other_classes_say_what_to_do(tmp_path: Path) -> None:
@@ -253,10 +254,10 @@ def test_python_corrects_labels_as_the_command_does(tmp_path: Path, layout: str 
     folder = tmp_path / "data"
     simple(folder, ["mel", "nv"], 8)
     with relook.open_home(tmp_path / "home") as opened:
-        first = relook.import_images(opened, folder, layout=layout, side_px=(32,))
+        first = relook.import_images(opened, folder, layout=layout, frames=(Frame(32),))
         simple(folder, ["nv", "nv"], 8)
-        kept = relook.import_images(opened, folder, side_px=(32,))
-        taken = relook.import_images(opened, folder, correct=True, layout=layout, side_px=(32,))
+        kept = relook.import_images(opened, folder, frames=(Frame(32),))
+        taken = relook.import_images(opened, folder, correct=True, layout=layout, frames=(Frame(32),))
     assert first.classes == kept.classes == {"mel": 4, "nv": 4}
     assert taken.classes == {"nv": 8}
     assert [row.code for row in kept.quarantined] == ["label_conflict"] * 4

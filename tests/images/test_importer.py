@@ -20,6 +20,7 @@ from images.synth import render, synthesize
 from records import audit
 from records.datasets import load_dataset
 from records.errors import ConfigError, DataError, UnknownIdError
+from records.frames import Frame
 from records.settings import RecordsSettings
 from records.store import Store, find_images, open_store, read_image
 from records.types import (
@@ -106,10 +107,10 @@ def test_a_second_run_changes_nothing(store: Store, generated: Path) -> None:
 
 def test_a_killed_run_goes_on(store: Store, generated: Path) -> None:
     paths = sorted(generated.glob("HAM10000_images_part_*/*.jpg"))[:25]
-    taken = list(Intake(store, (32,), in_place=False, known_hashes={}).run(paths))
+    taken = list(Intake(store, (Frame(32),), in_place=False, known_hashes={}).run(paths))
     assert all(t.refusal is None for t in taken)
     assert images_of(store) == {}
-    report = import_folder(store, generated, side_px=(32,))
+    report = import_folder(store, generated, frames=(Frame(32),))
     assert report.decoded == report.images - 25
     hashes = {image.id: image.perceptual_hash for image in images_of(store).values()}
     assert all(hashes[t.image_id] == t.perceptual_hash for t in taken)
@@ -375,9 +376,9 @@ def test_erased_images_do_not_come_back(store: Store, tmp_path: Path) -> None:
 
 
 def test_several_sides_are_cached_at_once(store: Store, generated: Path) -> None:
-    report = import_folder(store, generated, side_px=(32, 48))
+    report = import_folder(store, generated, frames=(Frame(32), Frame(48)))
     for side_px in (32, 48, 64):
-        cache = PixelCache(store.home.cache, side_px)
+        cache = PixelCache(store.home.cache, Frame(side_px))
         assert len(cache) == report.images
         assert cache.missing([image.id for image in images_of(store).values()]) == []
 

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image as PillowImage
 
 from images.cache import PixelCache
-from images.decode import decode_image, decode_square
+from images.decode import decode_frame, decode_image
 from images.intake import Intake
 from labeling.settings import LabelingSettings
 from labeling.tasks import data_uri
 from records.arrays import UInt8Array
+from records.frames import Crop, Frame
 from records.images import strip_metadata
 from records.settings import RecordsSettings
 from records.store import open_store
@@ -23,7 +24,7 @@ from serving.images import take_in
 from serving.page.heat_map import draw_layers
 from serving.schemas import Explanation
 from tests.hostile_images import PLAIN
-from trainers.evaluation.folder import read_square
+from trainers.evaluation.folder import read_frame
 
 SIDE_PX = 48
 
@@ -33,20 +34,22 @@ def _shown(uri: str) -> UInt8Array:
         return np.asarray(opened.convert("RGB"))
 
 
+@pytest.mark.parametrize("crop", Crop)
 @pytest.mark.parametrize("name", PLAIN)
-def test_every_room_sees_the_same_pixels(name: str, tmp_path: Path) -> None:
+def test_every_room_sees_the_same_pixels(name: str, crop: Crop, tmp_path: Path) -> None:
+    frame = Frame(SIDE_PX, crop)
     data = PLAIN[name]()
     path = tmp_path / "image.png"
     path.write_bytes(data)
     store = open_store(RecordsSettings(home=tmp_path / "home"))
-    wanted = decode_square(data, SIDE_PX)
+    wanted = decode_frame(data, frame)
     served = take_in(store, data, 10_000).data
-    (taken,) = Intake(store, (SIDE_PX,), in_place=False, known_hashes={}).run([path])
-    bulk = _read(path, SIDE_PX, SIDE_PX, 10_000)
+    (taken,) = Intake(store, (frame,), in_place=False, known_hashes={}).run([path])
+    bulk = _read(path, frame, frame, 10_000)
     exact = {
-        "served and explained": decode_square(served, SIDE_PX),
-        "imported": PixelCache(store.home.cache, SIDE_PX).pixels(taken.image_id),
-        "evaluated in a folder": read_square(path, SIDE_PX),
+        "served and explained": decode_frame(served, frame),
+        "imported": PixelCache(store.home.cache, Frame(frame)).pixels(taken.image_id),
+        "evaluated in a folder": read_frame(path, frame),
         "predicted in bulk": getattr(bulk, "pixels", None),
     }
     for room, pixels in exact.items():
@@ -57,10 +60,17 @@ def test_every_room_sees_the_same_pixels(name: str, tmp_path: Path) -> None:
     assert task.shape == decode_image(data).shape
     assert np.abs(task.astype(int) - decode_image(data)).mean() < 4
     map_of_one = Explanation(
-        method="gradcam", exact=True, layer="x", target="mel", shape=(2, 2), values=[[0, 1], [1, 0]], png_base64=""
+        method="gradcam",
+        exact=True,
+        layer="x",
+        target="mel",
+        shape=(2, 2),
+        values=[[0, 1], [1, 0]],
+        png_base64="",
+        crop=crop,
     )
     page = _shown(draw_layers(served, map_of_one, SIDE_PX).image)
-    assert np.abs(page.astype(int) - wanted).mean() < 7
+    assert np.abs(page.astype(int) - decode_frame(data, frame.shown(SIDE_PX))).mean() < 7
 
 
 def test_what_is_hidden_stays_hidden_and_deep_images_are_not_white() -> None:
@@ -88,7 +98,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_pixels_are_those_of_this_version(name: str) -> None:
     data = PLAIN[name]()
-    pixels = np.concatenate([decode_image(data).ravel(), decode_square(data, 24).ravel()])
+    pixels = np.concatenate([decode_image(data).ravel(), decode_frame(data, Frame(24)).ravel()])
     assert zlib.crc32(pixels.tobytes()) == GOLDEN[name]
 
 

@@ -11,6 +11,7 @@ from PIL import Image as PillowImage
 from cluster.cli import run
 from images.importer import import_folder
 from records.datasets import load_dataset
+from records.frames import Frame
 from records.store import Store
 from records.types import Group, Image, Split
 
@@ -28,7 +29,7 @@ def _atlas(folder: Path, codes: tuple[str, ...]) -> Path:
 def test_an_atlas_goes_to_train_and_what_was_held_out_stays_so(
     store: Store, images_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = import_folder(store, images_folder, side_px=(32,))
+    report = import_folder(store, images_folder, frames=(Frame(32),))
     rows = load_dataset(store, report.dataset_id).rows
     held = rows[rows["split"] == Split.TEST.value].iloc[0]
     with store.ledger.read() as tx:

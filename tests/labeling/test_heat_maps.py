@@ -11,6 +11,7 @@ from PIL import Image as PillowImage
 from labeling.batches import Beside, prepare
 from labeling.project import Project
 from labeling.settings import LabelingSettings
+from records.frames import Crop
 from records.store import Store
 from records.types import ReviewItem
 from tests.labeling.conftest import drawing_of, make_image, write_item
@@ -46,6 +47,21 @@ def test_a_task_shows_the_map_over_its_image(store: Store, item: ReviewItem) -> 
     assert changed.shape == (72, 72), "the centre of an image of 96x72, which the browser enlarges"
     third = 72 // 3
     assert changed[third:-third, third:-third].mean() > 4 * changed[: third // 2, : third // 2].mean() + 10
+
+
+def test_a_map_of_the_whole_image_lies_over_all_of_it(store: Store, item: ReviewItem) -> None:
+    corner = [[255, 0, 0], [0, 0, 0], [0, 0, 0]]
+    documents = [
+        task_of(store, item.model_copy(update={"heat_map": shown, "crop": Crop.WHOLE}))["heatmap"]
+        for shown in ([[0] * 3] * 3, corner)
+    ]
+    (size, plain), (_, drawn) = map(drawing_of, documents)
+    side_px = LabelingSettings().image_side_px
+    assert size == {"width": str(side_px), "height": str(side_px * 3 // 4)}
+    changed = np.abs(pixels_of(drawn) - pixels_of(plain)).sum(axis=2)
+    assert changed.shape == (72, 96)
+    # The left tenth is no part of the centre square, so no map of that could mark it.
+    assert changed[:10, :10].mean() > 4 * changed[-30:, -40:].mean() + 10
 
 
 def test_an_item_of_an_older_release_shows_its_drawn_map(store: Store) -> None:

@@ -18,6 +18,7 @@ from labeling.push import push
 from labeling.settings import LabelingSettings
 from labeling.tasks import annotation_result, label_config
 from records.errors import DataError
+from records.frames import Frame
 from records.ids import new_id, utc_now
 from records.store import Store, find_images
 from records.types import Annotation, AnnotationKind
@@ -138,18 +139,18 @@ def test_an_outline_counts_as_mask_of_heat_maps_until_it_is_taken_back(store: St
     index = [image.id for image in images].index(items[0].image_id)
     said(1, outline_of([region(mask)]))
     found = _images(store, images, None)
-    square = found.mask(index, 64)
+    square = found.mask(index, Frame(64))
     assert square is not None
     # The square is the centre of the image, as the model sees it.
     assert square.mean() == pytest.approx(mask[:, 12:84].mean(), abs=0.03)
-    assert found.mask(1 - index, 64) is None
+    assert found.mask(1 - index, Frame(64)) is None
     assert "BrushLabels" in own_page(store, LabelingSettings(), SHARED)[0], "Label Studio would refuse its removal"
     said(2, outline_of([region(~mask)]))
-    newest = _images(store, images, None).mask(index, 64)
+    newest = _images(store, images, None).mask(index, Frame(64))
     assert newest is not None
     assert (newest ^ square).mean() > 0.9, "the newest one counts"
     said(2, None, deleted=True)
-    back = _images(store, images, None).mask(index, 64)
+    back = _images(store, images, None).mask(index, Frame(64))
     assert back is not None
     assert np.array_equal(back, square)
 

@@ -17,10 +17,11 @@ import pytest
 
 from cluster.labels import group_labelled_images
 from cluster.selection import select_images, take_in_folder
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.importer import import_folder
 from images.synth import render
 from records.errors import DataError, RelookError
+from records.frames import Frame
 from records.ids import new_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -131,7 +132,7 @@ def test_a_job_that_fails_in_the_network_in_drawing_or_in_writing_fails_alone(
         for number in range(9):
             request = replace(request_of(make_image(number), lesion_id=f"l{number}"), explain=True)
             image = take_in(store, request.image, SETTINGS.max_pixels)
-            pixels = decode_square(image.data, model.document.geometry.side_px)
+            pixels = decode_frame(image.data, model.document.geometry.frame)
             jobs.append(Job(request, image, Consent.TRAINING, model, pixels, time.perf_counter()))
             store.blobs.put(image.data)
         jobs[1] = replace(jobs[1], pixels=jobs[1].pixels[:32])
@@ -242,7 +243,7 @@ def test_a_damaged_image_of_the_pool_does_not_stop_the_selection(tmp_path: Path,
     # A name that is no UTF-8, as an old disk has them.
     os.rename(folder / "p3.jpg", os.fsencode(folder) + b"/p\xff3.jpg")
     (folder / "p4.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
-    usable, refused = take_in_folder(store, folder, 32)
+    usable, refused = take_in_folder(store, folder, Frame(32))
     assert (len(usable), len(refused)) == (11, 1)
     # Altered, cut off and gone.
     for image_id, damage in zip(usable[:3], (b"other bytes", b"", None), strict=True):

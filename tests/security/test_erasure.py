@@ -13,6 +13,7 @@ from records import audit
 from records.blobs import BlobStore
 from records.erasure import PERSONAL, erase_images
 from records.errors import RefusedError, UnknownIdError
+from records.frames import Frame
 from records.ids import utc_now
 from records.images import strip_metadata
 from records.settings import RecordsSettings
@@ -223,9 +224,9 @@ def test_images_in_a_report_are_only_for_those_who_may_see_all(kept: Store, clie
 
 def test_the_cache_of_another_node_drops_what_was_erased(kept: Store, tmp_path: Path, make_image: Any) -> None:
     image = kept.blobs.put(make_image(6))
-    PixelCache(tmp_path, 8).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
+    PixelCache(tmp_path, Frame(8)).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
     erase_images(kept, [image], actor="test", places=serving_places(ServingSettings()))
-    cache = PixelCache(tmp_path, 8)
+    cache = PixelCache(tmp_path, Frame(8))
     assert image in cache
     assert cache.ensure(kept, []) == 0
     assert image not in cache

@@ -21,11 +21,12 @@ import numpy as np
 import psutil
 import pytest
 
-from images.decode import decode_image, decode_square
+from images.decode import decode_frame, decode_image
 from images.decoder_pillow import _MAX_TRANSFORM_BYTES, Wanted, _Transforms, decode_here
 from images.decoder_pool import DecoderPool, decoder_pool
 from images.settings import ImagesSettings, limits_variable
 from records.errors import ImageError
+from records.frames import Frame
 from records.images import MAX_CHUNKS, MAX_SEGMENTS, jpeg_segments, sniff, strip_metadata
 from serving.predictor import MAX_COSTLY
 from tests import hostile_images as made
@@ -116,7 +117,7 @@ def _decoders() -> list[psutil.Process]:
 @pytest.mark.parametrize("name", COSTLY)
 def test_files_that_cost_more_than_their_pixels_are_refused(name: str) -> None:
     data = COSTLY[name]()
-    for decode in (decode_image, lambda file: decode_square(file, 64)):
+    for decode in (decode_image, lambda file: decode_frame(file, Frame(64))):
         with pytest.raises(ImageError, match="too costly to decode") as caught:
             decode(data)
         assert caught.value.code == "too_costly"
@@ -206,8 +207,8 @@ def test_a_walk_stops_at_its_limit_and_lets_others_run() -> None:
         before = ticks[0]
         for _ in range(20):
             with pytest.raises(ImageError, match="more than"):
-                decode_square(data, 64)
-        assert np.array_equal(decode_square(padded, 64), decode_square(SMALL, 64))
+                decode_frame(data, Frame(64))
+        assert np.array_equal(decode_frame(padded, Frame(64)), decode_frame(SMALL, Frame(64)))
         assert ticks[0] > before
         ended.set()
         counting.result()
@@ -225,9 +226,9 @@ def test_colour_transforms_are_kept_up_to_a_number_of_bytes() -> None:
 @pytest.mark.parametrize("name", made.PLAIN)
 def test_a_decoder_process_returns_the_same_pixels(name: str, limits: Callable[..., ImagesSettings]) -> None:
     data = made.PLAIN[name]()
-    here = decode_image(data), decode_square(data, 24)
+    here = decode_image(data), decode_frame(data, Frame(24))
     pool = decoder_pool(limits(inline_megasamples=0))
-    there = decode_image(data), decode_square(data, 24)
+    there = decode_image(data), decode_frame(data, Frame(24))
     assert pool.process_ids(), "nothing was decoded apart"
     assert all(np.array_equal(one, other) for one, other in zip(here, there, strict=True))
     broken = made.PNG_HEAD + made.png_of(PIXELS)[8:33] + made.chunk(b"IDAT", b"x\x9c" + bytes(200))
@@ -277,12 +278,12 @@ def test_a_killed_decoder_fails_only_its_image(limits: Callable[..., ImagesSetti
     with ThreadPoolExecutor(4) as threads:
         culprit = threads.submit(decode_image, SLOW)
         victim = _working_decoder()
-        others = [threads.submit(decode_square, SMALL, 24) for _ in range(20)]
+        others = [threads.submit(decode_frame, SMALL, Frame(24)) for _ in range(20)]
         victim.send_signal(signal.SIGKILL)
         with pytest.raises(ImageError, match="killed") as caught:
             culprit.result()
         assert caught.value.code == "too_costly"
-        expected = decode_here(strip_metadata(SMALL), Wanted((24,)))[0]
+        expected = decode_here(strip_metadata(SMALL), Wanted((Frame(24),)))[0]
         assert all(np.array_equal(other.result(), expected) for other in others)
 
 
@@ -299,9 +300,9 @@ def test_a_decoder_that_was_killed_while_it_waited_fails_no_image(limits: Callab
 def test_threads_share_the_decoders(limits: Callable[..., ImagesSettings]) -> None:
     limits(decoder_processes=2, inline_megasamples=0)
     files = [made.PLAIN[name]() for name in made.PLAIN]
-    expected = [decode_here(strip_metadata(data), Wanted((24,)))[0] for data in files]
+    expected = [decode_here(strip_metadata(data), Wanted((Frame(24),)))[0] for data in files]
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda data: decode_square(data, 24), files * 5))
+        found = list(threads.map(lambda data: decode_frame(data, Frame(24)), files * 5))
     assert all(np.array_equal(one, other) for one, other in zip(found, expected * 5, strict=True))
     assert len(_decoders()) == 2
 

@@ -18,6 +18,7 @@ from cluster.settings import Settings
 from images.importer import import_folder
 from images.synth import synthesize
 from records.errors import RefusedError, RelookError, UnknownIdError, UserError
+from records.frames import Frame
 from records.ids import new_id, utc_now
 from records.types import ModelRecord, ModelStatus, RolloutStage, RoundRecord
 from serving.access.keys import admin_token
@@ -220,7 +221,7 @@ def test_a_gate_promotes_only_over_the_model_that_it_compared_with(
     models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     synthesize(tmp_path / "images", lesions=12, seed=1, width_px=80)
-    import_folder(models.store, tmp_path / "images", side_px=(32,))
+    import_folder(models.store, tmp_path / "images", frames=(Frame(32),))
 
     def passes_while_another_is_promoted(*_: object, **__: object) -> GateReport:
         models.promote_directly(models.b)

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from records.frames import Crop
 from records.store import Store
 from records.types import ReviewItem, Scope
 from serving.access.keys import Caller, create_key
@@ -181,7 +182,7 @@ def test_heat_maps_of_one_key_wait_for_each_other_and_not_another_key_for_them(k
         async def computed() -> HeatMap:
             began.append(name)
             await done.wait()
-            return HeatMap("gradcam", True, "layer", "bcc", np.zeros((1, 1), np.float32), b"")
+            return HeatMap("gradcam", True, "layer", "bcc", np.zeros((1, 1), np.float32), b"", Crop.CENTER)
 
         return computed
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.bundles import Bundle, OperatingPoints, PointName, ReferPoints, Rule, write_bundle
+from records.frames import Frame
 from records.models import find_bundle
 from records.store import Store
 from serving.bulk import predict_folder
@@ -111,7 +112,7 @@ def test_every_way_decides_alike_for_every_rule_and_point(
 ) -> None:
     files = sorted(folder.iterdir())
     data = [path.read_bytes() for path in files]
-    pixels = np.stack([decode_square(one, tools.side_px) for one in data])
+    pixels = np.stack([decode_frame(one, Frame(tools.side_px)) for one in data])
     bundles = {(rule, point): bundle_of(store, tools, pixels, rule, point) for rule, point in PAIRS}
     seen = {}
     tools.serve_bundle(store, bundles["natural", "proven"])

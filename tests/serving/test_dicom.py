@@ -9,9 +9,10 @@ import httpx
 import numpy as np
 import pytest
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.dicom import read_dicom
 from images.given import image_bytes
+from records.frames import Frame
 from records.ids import sha256_hex
 from records.models import find_bundle
 from records.store import Store
@@ -64,7 +65,7 @@ def test_what_is_stored_is_the_image_and_no_tag(http: httpx.Client, service_stor
         image = tx.require(Image, sha256_hex(png))
     assert (image.format, image.age_years, image.patient_hash) == ("png", None, None)
     assert service_store.blobs.get(image.id) == png
-    assert np.array_equal(decode_square(png, 48), PIXELS)
+    assert np.array_equal(decode_frame(png, Frame(48)), PIXELS)
     for path in service_store.home.root.rglob("*"):
         assert not path.is_file() or MARK.encode() not in path.read_bytes(), path
 

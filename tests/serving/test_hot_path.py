@@ -44,7 +44,7 @@ def test_an_image_is_decoded_once_and_nothing_is_drawn_before_the_response(
     decode = images.decode.decode_here
 
     def counted(data: bytes, wanted: Any) -> Any:
-        decoded.append(wanted.sides_px)
+        decoded.append(tuple(frame.side_px for frame in wanted.frames))
         return decode(data, wanted)
 
     monkeypatch.setattr(images.decode, "decode_here", counted)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as Pillow
 
 from cluster.task_cases import TaskCases
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.importer import import_folder
 from images.synth import synthesize
 from records.bundles import Bundle, content_id
@@ -21,6 +21,7 @@ from records.consent import lower_consent
 from records.datasets import load_dataset
 from records.erasure import RECORDS_PLACES, erase_images
 from records.errors import ContractError, IntegrityError, RefusedError, UnknownIdError
+from records.frames import Frame
 from records.models import register, serve_model
 from records.settings import RecordsSettings
 from records.store import Store, find_images, open_store, read_image
@@ -43,7 +44,7 @@ def shown_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     for number, consent in enumerate((Consent.DISPLAY, Consent.TRAINING)):
         folder = tmp_path_factory.mktemp("images") / "data"
         synthesize(folder, lesions=30, seed=5 + number, width_px=80)
-        import_folder(store, folder, consent=consent, side_px=(64,))
+        import_folder(store, folder, consent=consent, frames=(Frame(64),))
     yield store
     store.close()
 
@@ -109,7 +110,7 @@ def test_the_nearest_are_found_exactly_and_shown_with_their_diagnoses(
     assert cases is not None
     model = load_model(bundle, precision="fp32")
     assert model.checks is not None
-    pixels = decode_square(make_image(0), model.geometry.side_px)
+    pixels = decode_frame(make_image(0), model.geometry.frame)
     vector = model.checks.features.project(model.describe(pixels[None]))[0]
     distances = np.linalg.norm(cases.vectors - vector, axis=1) / model.checks.ood_threshold
     groups, expected = set[Any](), []

@@ -15,6 +15,7 @@ from PIL import Image as PillowImage
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
+from records.frames import Crop
 from records.models import serving_id
 from records.settings import RecordsSettings
 from records.store import open_store
@@ -142,7 +143,9 @@ def test_images_that_two_models_predicted_say_which(
     with service.store.ledger.read() as tx:
         champion = tx.require(Prediction, first.id)
     canary = champion.model_copy(update={"arm": Arm.CANDIDATE, "model_id": "c" * 64})
-    maps = [HeatMap("gradcam", True, None, "mel", np.ones((side, side), np.float32), b"") for side in (3, 2)]
+    maps = [
+        HeatMap("gradcam", True, None, "mel", np.ones((side, side), np.float32), b"", Crop.CENTER) for side in (3, 2)
+    ]
     stored = [StoredPrediction(canary, None, maps[0]), StoredPrediction(champion, None, maps[1])]
     asked = Inference(None, [], dict.fromkeys(("model_version", "heat_map"), False))
     body = json.loads(response_body(stored, asked, service.store.taxonomy.codes)[0])

@@ -172,7 +172,7 @@ def test_what_a_population_found_can_be_trained_again_without_it(evolved, labell
 
     train(
         settings,
-        images.open(store, settings.model.side_px),
+        images.open(store, settings.model.frame),
         store.taxonomy,
         on_epoch=lambda report: scores.append(report.val_balanced_accuracy),
     )

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from images.cache import PixelCache
 from records.command import RAY_STARTER
 from records.errors import ConfigError, ContractError, DivergedError, RefusedError, RelookError
+from records.frames import Frame
 from records.types import Split
 from tuning.cli import app as tuning_app
 from tuning.journal import FILE_NAME, read_journal
@@ -61,7 +62,7 @@ def test_only_train_and_val_were_read(searched, labelled):
     """The other splits' bytes are gone, so reading one would have failed; nor are they in the cache."""
     store, dataset = labelled
     header = searched[1].header
-    cache = PixelCache(store.home.cache, 32)
+    cache = PixelCache(store.home.cache, Frame(32))
 
     assert len(cache) == header.train_images + header.val_images
     assert header.train_images == len(dataset.split(Split.TRAIN))

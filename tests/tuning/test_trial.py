@@ -7,6 +7,7 @@ import pytest
 
 from images.cache import PixelCache
 from records.errors import ConfigError
+from records.frames import Frame
 from records.types import Split
 from trainers.fitting.training_data import plan_data
 from tuning.search import _job, searched_part
@@ -62,11 +63,11 @@ def test_a_part_of_train_is_taken_where_the_settings_say_so(make_job, labelled):
 def test_a_node_that_has_decoded_nothing_decodes_for_itself(make_job, labelled):
     store, _ = labelled
     job = make_job(TuningSettings())
-    assert len(PixelCache(store.home.cache, 16)) == 0
+    assert len(PixelCache(store.home.cache, Frame(16))) == 0
 
-    first, again = (_open_images(job, job.images, 16) for _ in range(2))
+    first, again = (_open_images(job, job.images, Frame(16)) for _ in range(2))
 
-    assert len(PixelCache(store.home.cache, 16)) == len(job.images.image_ids)
+    assert len(PixelCache(store.home.cache, Frame(16))) == len(job.images.image_ids)
     assert first.pixels.take([0]).shape == (1, 16, 16, 3)
     assert (first.pixels.take([3]) == again.pixels.take([3])).all()
     assert len(again.train_index) == job.images.num_train

@@ -148,7 +148,7 @@ def import_command(
             consent=Consent(consent),
             to_train=seed_atlas is not None,
             # Decoded at the size that training will use, so that the first training need not decode again.
-            side_px=(call.settings.trainers.model.side_px,),
+            frames=(call.settings.trainers.model.frame,),
             progress=bar,
         )
     print_refusals(report)
@@ -312,7 +312,7 @@ def preview_command(
     # Loaded first: a wrong policy is refused before images are read.
     checked = load_policy(policy)
     with call.store() as store, progress() as bar:
-        sample = sample_images(store, data, images, settings.trainers.model.side_px, progress=bar)
+        sample = sample_images(store, data, images, settings.trainers.model.frame, progress=bar)
     seed = settings.trainers.seed
     sheet = paint_preview(checked, sample.pixels, sample.image_ids, sample.names, draws=draws, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -72,14 +72,14 @@ def _explained(
 ) -> tuple[dict[str, Any], bytes]:
     """Return the values that describe a heat map, and its overlay as PNG."""
     from images.overlay import overlay_png
-    from trainers.evaluation.folder import read_square
+    from trainers.evaluation.folder import read_frame
     from vision.explanations import FILE_OVERLAY_SIDE_PX
     from vision.inference.attribution import explain
     from vision.inference.loaded import load_model
 
     # Gradients need fp32, and a single image is quick in it.
     loaded = load_model(bundle, precision="fp32")
-    found = explain(loaded, read_square(image, loaded.geometry.side_px), method, target, versus)
+    found = explain(loaded, read_frame(image, loaded.geometry.frame), method, target, versus)
     attribution = found.attribution
     result = {
         "exact": attribution.exact,
@@ -92,19 +92,19 @@ def _explained(
         "shape": list(attribution.values.shape),
         "values": attribution.values.tolist(),
     }
-    return result, overlay_png(read_square(image, FILE_OVERLAY_SIDE_PX), attribution.values)
+    return result, overlay_png(read_frame(image, loaded.geometry.frame.shown(FILE_OVERLAY_SIDE_PX)), attribution.values)
 
 
 def _activations(bundle: "Bundle", image: Path, layer: str | None) -> tuple[dict[str, Any], bytes]:
     """Return the strongest channels of a layer, and their grid as PNG."""
-    from trainers.evaluation.folder import read_square
+    from trainers.evaluation.folder import read_frame
     from vision.explanations.activations import channel_grid_png, layer_output, strongest_channels
     from vision.inference.loaded import plain_network
     from vision.networks import MODELS
     from vision.preprocess import scale_pixels, to_tensor
 
     geometry = bundle.document.geometry
-    pixels = read_square(image, geometry.side_px)[None]
+    pixels = read_frame(image, geometry.frame)[None]
     name = layer or MODELS[bundle.document.architecture.name].target_layer
     output = layer_output(plain_network(bundle), scale_pixels(to_tensor(pixels), geometry), name)[0]
     channels = strongest_channels(output)

@@ -136,10 +136,10 @@ def predict_split(
     model = model or load_model(bundle)
     split_reads = _record_read(store, bundle, dataset, split, actor, len(rows)) if split in GUARDED_SPLITS else None
     image_ids = [str(image_id) for image_id in rows["image_id"]]
-    cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
+    cache = PixelCache(store.home.cache, bundle.document.geometry.frame)
     cache.ensure(store, image_ids, progress)  # shared with fitting and later evaluations
     images = find_images(store, image_ids)
-    tones = SkinTones([image.source_id for image in images], masks)
+    tones = SkinTones([image.source_id for image in images], masks, bundle.document.geometry.frame)
     known = [context_of_image(image) for image in images]
     outputs = _outputs(model, cache.rows(image_ids), known, tones, f"Predicting {split.value}", progress)
     return SplitPredictions(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from images.import_plan import read_label
 from images.layouts import read_source
 from images.members import ImageFile
@@ -20,6 +20,7 @@ from images.source_table import SourceRow
 from records.arrays import UInt8Array
 from records.context import COLUMNS, Value
 from records.errors import DataError, ImageError, TaxonomyError
+from records.frames import Frame
 from records.taxonomy import Taxonomy
 from records.types.images import LABEL_RANK
 from trainers.evaluation.evaluate import SplitPredictions, joined_outputs
@@ -59,8 +60,8 @@ def predict_folder(
     # Decoding in chunks bounds memory; the model predicts one chunk while the next is decoded.
     chunks = chunks_of(source.rows)
     outputs = []
-    tones = SkinTones([row.source_id for row in source.rows], masks)
-    decoded = map_in_order(lambda rows: _decode(rows, model.geometry.side_px), chunks)
+    tones = SkinTones([row.source_id for row in source.rows], masks, model.geometry.frame)
+    decoded = map_in_order(lambda rows: _decode(rows, model.geometry.frame), chunks)
     for rows, pixels in zip(chunks, decoded, strict=True):
         outputs.append(model.predict(pixels, context=[known_of(row) for row in rows]))
         tones.add(pixels)
@@ -138,24 +139,24 @@ def _checked(rows: Sequence[SourceRow], labels: Path, taxonomy: Taxonomy) -> lis
     return [taxonomy.index_of(code) for code in codes]
 
 
-def _decode(rows: Sequence[SourceRow], side_px: int) -> UInt8Array:
-    return np.stack([read_square(row.path or Path(row.source_id), side_px) for row in rows])
+def _decode(rows: Sequence[SourceRow], frame: Frame) -> UInt8Array:
+    return np.stack([read_frame(row.path or Path(row.source_id), frame) for row in rows])
 
 
-def read_square(path: ImageFile, side_px: int) -> UInt8Array:
-    """Read an image file as the square that a model sees.
+def read_frame(path: ImageFile, frame: Frame) -> UInt8Array:
+    """Read what a frame takes of an image file.
 
     Args:
         path: of a JPEG, PNG or WebP file.
-        side_px: S.
+        frame: for a network, or for people.
     Returns:
-        [S, S, 3].
+        [H, W, 3].
     Raises:
         DataError: the file cannot be read.
         ImageError: it is not an image, or is damaged.
     """
     try:
-        return decode_square(path.read_bytes(), side_px)
+        return decode_frame(path.read_bytes(), frame)
     except OSError as error:
         raise DataError(f"the image {path} cannot be read ({error.strerror})") from error
     except ImageError as error:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.arrays import BoolArray, IntArray, UInt8Array
+from records.frames import Frame
 from records.types import Image
 from trainers.evaluation.skin import find_mask, mask_of, read_mask, tone_of
 
@@ -33,21 +34,17 @@ class Images:
     outlines: Mapping[int, bytes] = field(default_factory=dict)
     """position -> the lesion as an annotator painted it, a grey PNG; used where the folder has no mask"""
 
-    def square(self, index: int, side_px: int) -> UInt8Array:
-        """Return an image as a square, [S, S, 3]."""
-        return decode_square(self.read(index), side_px)
+    def seen(self, indices: IntArray, frame: Frame) -> UInt8Array:
+        """Return images as a network sees them, [n, S, S, 3]."""
+        return np.stack([decode_frame(self.read(int(index)), frame) for index in indices])
 
-    def squares(self, indices: IntArray, side_px: int) -> UInt8Array:
-        """Return images as squares, [n, S, S, 3]."""
-        return np.stack([self.square(int(index), side_px) for index in indices])
-
-    def mask(self, index: int, side_px: int) -> BoolArray | None:
-        """Return the lesion's mask, [S, S]; None if there is none."""
+    def mask(self, index: int, frame: Frame) -> BoolArray | None:
+        """Return the lesion's mask as a network sees it, [S, S]; None if there is none."""
         path = find_mask(self.masks, self.names[index]) if self.masks is not None else None
         if path is not None:
-            return read_mask(path, side_px)
+            return read_mask(path, frame)
         outline = self.outlines.get(index)
-        return None if outline is None else mask_of(outline, side_px)
+        return None if outline is None else mask_of(outline, frame)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def measure_robustness(
     counts = np.bincount(predictions.labels, minlength=len(document.taxonomy.codes))
     return robustness_curves(
         PixelNetwork(plain_network(bundle), document.geometry, document.calibration),
-        _images(predictions).squares(chosen, document.geometry.side_px),
+        _images(predictions).seen(chosen, document.geometry.frame),
         Sample(
             labels=predictions.labels[chosen],
             group_index=_groups(predictions)[chosen],
@@ -48,9 +48,9 @@ def measure_robustness(
 
 def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> ExplanationQuality | None:
     """Measure the faithfulness of Grad-CAM on a sample of the evaluated images; None if every map is constant."""
-    side_px = bundle.document.geometry.side_px
+    frame = bundle.document.geometry.frame
     chosen, images = sample_of(predictions), _images(predictions)
-    pixels = images.squares(chosen, side_px)
+    pixels = images.seen(chosen, frame)
     # `auto` would take bf16 where the hardware has it, and reports of one bundle would differ by machine.
     model = load_model(bundle, precision="fp32")
     target = labels_of(model.predict(pixels).probabilities, bundle.document.operating.decision)
@@ -58,7 +58,7 @@ def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> Expla
     if not is_informative(maps).any():
         return None
     has_masks = images.masks is not None or bool(images.outlines)
-    masks = [images.mask(int(index), side_px) for index in chosen] if has_masks else None
+    masks = [images.mask(int(index), frame) for index in chosen] if has_masks else None
     return explanation_quality(
         lambda some: model.predict(some).probabilities,
         pixels,

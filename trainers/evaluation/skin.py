@@ -16,9 +16,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.arrays import BoolArray, UInt8Array
 from records.errors import DataError, ImageError
+from records.frames import Frame
 
 TONES = (("very light", 55.0), ("light", 41.0), ("intermediate", 28.0), ("tan", 10.0), ("brown", -30.0))
 """Names with the angle that each lies above (Del Bino & Bernerd 2013); below the last one is `dark`."""
@@ -77,17 +78,17 @@ def find_mask(folder: Path, source_id: str | None) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_mask(path: Path, side_px: int) -> BoolArray:
-    """Read a grey mask, bright on the lesion, as the square [S, S] that a model sees; DataError if it is no image."""
+def read_mask(path: Path, frame: Frame) -> BoolArray:
+    """Read a grey mask, bright on the lesion, as what a model sees of it, [S, S]; DataError if it is no image."""
     try:
-        return mask_of(path.read_bytes(), side_px)
+        return mask_of(path.read_bytes(), frame)
     except (ImageError, OSError) as error:
         raise DataError(f"the mask {path} cannot be read ({error}); it must be a grey PNG") from error
 
 
-def mask_of(data: bytes, side_px: int) -> BoolArray:
-    """Return a grey image, bright on the lesion, as the square [S, S] that a model sees; ImageError if it is none."""
-    return np.asarray(decode_square(data, side_px).mean(axis=-1) >= 128, dtype=np.bool_)
+def mask_of(data: bytes, frame: Frame) -> BoolArray:
+    """Return a grey image, bright on the lesion, as what a model sees of it, [S, S]; ImageError if it is none."""
+    return np.asarray(decode_frame(data, frame).mean(axis=-1) >= 128, dtype=np.bool_)
 
 
 class SkinTones:
@@ -96,10 +97,11 @@ class SkinTones:
     Args:
         source_ids: [N] names of all images, by which masks are found.
         masks: folder of masks; None if there are none.
+        frame: in which the images are seen.
     """
 
-    def __init__(self, source_ids: Sequence[str | None], masks: Path | None) -> None:
-        self._source_ids = source_ids
+    def __init__(self, source_ids: Sequence[str | None], masks: Path | None, frame: Frame) -> None:
+        self._source_ids, self._frame = source_ids, frame
         self._masks = masks
         self.angles: list[float | None] = []
 
@@ -108,4 +110,4 @@ class SkinTones:
         for image in pixels:
             name = self._source_ids[len(self.angles)]
             path = find_mask(self._masks, name) if self._masks is not None else None
-            self.angles.append(typology_angle(image, read_mask(path, len(image)) if path else None))
+            self.angles.append(typology_angle(image, read_mask(path, self._frame) if path else None))

@@ -33,7 +33,7 @@ def add_cases(
     if checks is None or not image_ids:
         return bundle
     # With streaming, training has decoded none of them here.
-    PixelCache(store.home.cache, trained.geometry.side_px).ensure(store, image_ids)
+    PixelCache(store.home.cache, trained.geometry.frame).ensure(store, image_ids)
     with compute_threads(trained.num_threads):
         outputs = outputs_of(trained, store, image_ids, progress=progress, what="Reading confirmed cases")
         vectors = checks.features.project(outputs.pooled)

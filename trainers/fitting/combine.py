@@ -121,7 +121,7 @@ def combine(
     architecture, network = ensemble_of(bundles, weights)
     geometry = Geometry.model_validate(architecture.options["geometry"])
     held = [str(image_id) for split in FITTED_ON for image_id in dataset.split(split)["image_id"]]
-    cache = PixelCache(store.home.cache, geometry.side_px)
+    cache = PixelCache(store.home.cache, geometry.frame)
     cache.ensure(store, [*sample_of_train(store, dataset), *held], progress)
     trained = TrainedModel(network, geometry, [], 0, threads_of(settings.workers))
     members = tuple(
@@ -148,12 +148,12 @@ def _require_fitting(bundles: Sequence[Bundle]) -> None:
     twice = next((one for one in ids if ids.count(one) > 1), None)
     if twice is not None:
         raise ConfigError(f"model {twice[:12]} is named twice; --weights says how much a model counts")
-    sides = {bundle.id: bundle.document.geometry.side_px for bundle in bundles}
-    if len(set(sides.values())) > 1:
-        listed = ", ".join(f"{model_id[:12]} {side_px}" for model_id, side_px in sides.items())
+    frames = {bundle.id: bundle.document.geometry.frame for bundle in bundles}
+    if len(set(frames.values())) > 1:
+        listed = ", ".join(f"{model_id[:12]} {frame.side_px} {frame.crop}" for model_id, frame in frames.items())
         raise ConfigError(
-            f"members of an ensemble see the same pixels, and these see squares of different sides, px: {listed}; "
-            "train one of them again with the other's trainers.model.side_px"
+            f"members of an ensemble see the same pixels, and these differ in side (px) or crop: {listed}; "
+            "train one of them again with the other's trainers.model.side_px and trainers.model.crop"
         )
 
 

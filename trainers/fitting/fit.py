@@ -158,7 +158,7 @@ def _trained(job: Job, store: Store, use_ray: bool, on_epoch: OnEpoch, on_step: 
             "trainers.workers.count=1 and trainers.workers.data_source=cache to train without it"
         )
     group = SingleWorker(job.run_dir, settings.workers.use_gpu)
-    return job.train(plan.open(store, settings.model.side_px), group, on_epoch, on_step)
+    return job.train(plan.open(store, settings.model.frame), group, on_epoch, on_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,6 +428,6 @@ def _decode(
     """Decode everything that fitting reads in one pass; with streaming, only a sample of train."""
     train = [] if settings.workers.data_source == "stream" else plan.image_ids[: plan.num_train]
     splits = [str(image_id) for split in FITTED_ON for image_id in dataset.split(split)["image_id"]]
-    PixelCache(store.home.cache, settings.model.side_px).ensure(
+    PixelCache(store.home.cache, settings.model.frame).ensure(
         store, [*train, *sample_of_train(store, dataset), *splits], progress
     )

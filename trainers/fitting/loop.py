@@ -101,6 +101,7 @@ def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: 
     reports = checkpoint.epoch_reports()
     geometry = Geometry(
         side_px=settings.model.side_px,
+        crop=settings.model.crop,
         scaling=settings.model.pixel_scaling,
         mean=checkpoint.mean,
         std=checkpoint.std,
@@ -202,8 +203,9 @@ class _Run:
         known = (found.mean, found.std) if found else settings.model.own_pixels
         mean, std = known or pixel_statistics(data.pixels, data.train_index)
         scaling = settings.model.pixel_scaling
-        self._geometry = Geometry(side_px=settings.model.side_px, scaling=scaling, mean=mean, std=std)
-        self._feeder = self._build_feeder(Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean))))
+        side_px, crop = settings.model.side_px, settings.model.crop
+        self._geometry = Geometry(side_px=side_px, crop=crop, scaling=scaling, mean=mean, std=std)
+        self._feeder = self._build_feeder(Augmenter(policy, Canvas(side_px, _to_bytes(mean))))
         self._statistics_rows = _statistics_rows(data, group)
         # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
         # is built after it, because its state has to refer to the sharded parameters.

@@ -93,14 +93,14 @@ def _train_in_task(job: Job, channel: Any) -> None:
 
 def _opened(job: Job) -> TrainingData:
     """Map the pixels; only a node that has not decoded them yet opens the store, which takes a second."""
-    side_px = job.settings.model.side_px
+    frame = job.settings.model.frame
     if job.settings.workers.data_source == "stream":
         with closing(open_store(job.records)) as store:
-            return job.plan.stream(store, side_px)
-    cache = PixelCache(open_home(job.records.home).cache, side_px)
+            return job.plan.stream(store, frame)
+    cache = PixelCache(open_home(job.records.home).cache, frame)
     if cache.missing(job.plan.image_ids):
         with closing(open_store(job.records)) as store:
-            return job.plan.open(store, side_px)
+            return job.plan.open(store, frame)
     return job.plan.mapped(cache)
 
 

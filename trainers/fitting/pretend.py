@@ -89,7 +89,7 @@ def pretend(
     Raises DivergedError: a loss is not finite.
     """
     plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
-    data = plan.open(store, settings.model.side_px, progress)
+    data = plan.open(store, settings.model.frame, progress)
     train_ids = plan.image_ids[: plan.num_train]
     group_of = dict(zip(dataset.split(Split.TRAIN)["image_id"], dataset.split(Split.TRAIN)["group_id"], strict=True))
     groups = np.array([group_of[image_id] for image_id in train_ids])

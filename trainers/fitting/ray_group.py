@@ -157,7 +157,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
         if group.local_rank != 0:
             dist.barrier()
         opened = job.plan.stream if job.settings.workers.data_source == "stream" else job.plan.open
-        data = opened(store, job.settings.model.side_px)
+        data = opened(store, job.settings.model.frame)
         if group.local_rank == 0 and group.world_size > 1:
             dist.barrier()
         job.train(data, group, *sender(channel))

@@ -62,7 +62,7 @@ def outputs_of(
     Returns:
         Logits and features.
     """
-    pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
+    pixels = PixelCache(store.home.cache, trained.geometry.frame).rows(image_ids)
     task = None if progress is None else progress.add_task(what, total=len(pixels))
     parts = []
     for start in range(0, len(pixels), SCORING_BATCH):
@@ -119,7 +119,7 @@ def suitability_of(
         Thresholds for the document, and arrays for the bundle.
     """
     train_ids = sample_of_train(store, dataset)
-    cache = PixelCache(store.home.cache, trained.geometry.side_px)
+    cache = PixelCache(store.home.cache, trained.geometry.frame)
     images = find_images(store, [*train_ids, *val_ids])
     train = outputs_of(trained, store, train_ids, progress=progress, what="Scoring a sample of train")
     return fit_suitability(
@@ -143,7 +143,7 @@ def faithfulness_of(
     Returns:
         See `trainers.evaluation.faithfulness.faithfulness_facts`.
     """
-    pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(val_ids)
+    pixels = PixelCache(store.home.cache, trained.geometry.frame).rows(val_ids)
     few = pixels.take(np.arange(min(FACTS_IMAGES, len(val_ids))))
     return faithfulness_facts(trained.network, architecture, trained.geometry, calibration, few)
 

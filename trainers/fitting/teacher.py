@@ -104,7 +104,7 @@ def taught(
         )
     require_unseen(store, teacher, dataset, "teacher")
     image_ids, geometry = plan.image_ids[: plan.num_train], teacher.document.geometry
-    cache = PixelCache(store.home.cache, geometry.side_px)
+    cache = PixelCache(store.home.cache, geometry.frame)
     cache.ensure(store, image_ids, progress)
     pixels, network = cache.rows(image_ids), plain_network(teacher)
     task = None if progress is None else progress.add_task("Asking the teacher", total=len(pixels))

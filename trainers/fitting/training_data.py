@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from images.cache import PixelCache
     from records.datasets import DatasetVersion
+    from records.frames import Frame
     from records.store import Store
 
 
@@ -184,7 +185,7 @@ class DataPlan:
             group_ids=[self.group_ids[row] for row in kept],
         )
 
-    def stream(self, store: "Store", side_px: int) -> TrainingData:
+    def stream(self, store: "Store", frame: "Frame") -> TrainingData:
         """Decode what is read again and again: val, and the sample of train that statistics are measured on.
 
         Returns the data; Ray Data decodes the images to train on as they are needed.
@@ -195,17 +196,17 @@ class DataPlan:
         rows = np.arange(len(self.image_ids), dtype=np.int64)
         train, val = rows[: self.num_train], rows[self.num_train :]
         sample = evenly_spaced(train, MOST_IMAGES)
-        pixels = stream_pixels(store, self.image_ids, np.concatenate([sample, val]), side_px)
+        pixels = stream_pixels(store, self.image_ids, np.concatenate([sample, val]), frame)
         return TrainingData(pixels, self.image_ids, self.labels, train, val, pixels.batches)
 
-    def open(self, store: "Store", side_px: int, progress: "Progress | None" = None) -> TrainingData:
+    def open(self, store: "Store", frame: "Frame", progress: "Progress | None" = None) -> TrainingData:
         """Decode what this node has not decoded yet, and map the pixels.
 
         Raises DataError: an image cannot be read.
         """
         from images.cache import PixelCache
 
-        cache = PixelCache(store.home.cache, side_px)
+        cache = PixelCache(store.home.cache, frame)
         cache.ensure(store, self.image_ids, progress)
         return self.mapped(cache)
 

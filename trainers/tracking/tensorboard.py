@@ -156,7 +156,11 @@ class EpochImages:
                 self._network = build_model(chosen.name, self._num_classes, **chosen.options).eval()
         self._network.load_state_dict({name: value.detach().cpu() for name, value in checkpoint.network.items()})
         geometry = Geometry(
-            side_px=chosen.side_px, scaling=chosen.pixel_scaling, mean=checkpoint.mean, std=checkpoint.std
+            side_px=chosen.side_px,
+            crop=chosen.crop,
+            scaling=chosen.pixel_scaling,
+            mean=checkpoint.mean,
+            std=checkpoint.std,
         )
         inputs = scale_pixels(to_tensor(pixels), geometry)
         labels = torch.from_numpy(self._data.labels[self._val])

@@ -26,6 +26,7 @@ from images.decode import DECODE_VERSION
 from records.bundles import Bundle
 from records.durable import building, place
 from records.errors import ConfigError, IntegrityError
+from records.frames import Crop
 from records.ids import sha256_hex
 from vision.calibration.decision import sets_of
 from vision.inference.graph import (
@@ -49,6 +50,12 @@ TOLERANCE = 1e-4
 """Largest difference from torch: of probabilities, and of other outputs as a share of the largest value."""
 
 _GRAPH_FILES: dict[str, tuple[str, ...]] = {"onnx": ("model.onnx",), "openvino": ("model.xml", "model.bin")}
+_SQUARES: dict[Crop, str] = {
+    Crop.CENTER: "scale the shorter side to {side} px (Pillow, bicubic, after whole reductions of a JPEG) and cut the\n"
+    "   centre of the longer side.",
+    Crop.WHOLE: "scale the whole image to {side} x {side} px (Pillow, bicubic, after whole reductions of a JPEG),\n"
+    "   whatever its proportions; nothing is cut.",
+}
 _DESCRIPTIONS = {
     LOGITS: "before calibration",
     PROBABILITIES: "calibrated; NaN throughout a row whose logits are not finite",
@@ -263,15 +270,17 @@ def _description(bundle: Bundle, format: Format, golden: Arrays) -> dict[str, An
 
 
 def _readme(bundle: Bundle, format: Format, names: Sequence[str]) -> str:
-    side_px = bundle.document.geometry.side_px
+    geometry = bundle.document.geometry
+    squares = _SQUARES[geometry.crop].format(side=geometry.side_px)
     absent = (
         "" if MAPS in names else "\nThe head of this network has no closed form of Grad-CAM: the graph has no maps.\n"
     )
     absent += "" if OOD_SCORE in names else "\nThe model was made without a check of its distance: there is no score.\n"
     rows = "\n".join(f"| `{name}` | {_DESCRIPTIONS[name]} |" for name in names)
     return _text("readme.txt").format(
-        model=bundle.id[:12], graph=_GRAPH_FILES[format][0], side=side_px, decode_version=DECODE_VERSION, rows=rows,
-        absent=absent, package="onnxruntime" if format == "onnx" else "openvino",
+        model=bundle.id[:12], graph=_GRAPH_FILES[format][0], side=geometry.side_px, squares=squares,
+        decode_version=DECODE_VERSION, rows=rows, absent=absent,
+        package="onnxruntime" if format == "onnx" else "openvino",
     )  # fmt: skip
 
 

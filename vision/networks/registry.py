@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 from pydantic import Field, field_validator, model_validator
 
 from records.errors import ConfigError
+from records.frames import Crop, Frame
 from records.registry import Range, Registered, Registry
 from records.settings import RoomSettings, checked_by
 
@@ -405,6 +406,11 @@ class ModelSettings(RoomSettings):
         default="custom_cnn", description="network, see `relook catalog models`"
     )
     side_px: int = Field(default=64, ge=8, le=1024, description="the network sees side_px x side_px pixels")
+    crop: Crop = Field(
+        default=Crop.CENTER,
+        description="what of an image the network sees: center, its centre square; or whole, all of it, squeezed to a "
+        "square",
+    )
     weights: str = Field(
         default="none",
         min_length=1,
@@ -463,6 +469,11 @@ class ModelSettings(RoomSettings):
                 "own; use mean_std or min_max"
             )
         return self
+
+    @property
+    def frame(self) -> Frame:
+        """Which part of an image the network sees, and at which side."""
+        return Frame(self.side_px, self.crop)
 
     @property
     def own_pixels(self) -> tuple[Rgb, Rgb] | None:

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from records.errors import DataError
+from records.frames import Frame
 from trainers.evaluation.images import age_band
 from trainers.evaluation.skin import SkinTones, find_mask, read_mask, tone_of, typology_angle
 
@@ -54,16 +55,16 @@ def test_masks_are_found_by_name_and_cut_as_images_are(tmp_path):
     Image.fromarray(mask).save(tmp_path / "ISIC_1_segmentation.png")
     found = find_mask(tmp_path, "ISIC_1")
     assert find_mask(tmp_path, "ISIC_2") is None
-    square = read_mask(found, 30)
+    square = read_mask(found, Frame(30))
     assert square[:, :15].sum() == 0
     assert square[:, 15:].all()
     (tmp_path / "ISIC_3.png").write_text("no image")
     with pytest.raises(DataError, match="cannot be read"):
-        read_mask(tmp_path / "ISIC_3.png", 30)
+        read_mask(tmp_path / "ISIC_3.png", Frame(30))
     # A mask comes from outside as images do, and has the same limits.
     Image.new("1", (12_000, 12_000)).save(tmp_path / "ISIC_4.png")
     with pytest.raises(DataError, match=r"ISIC_4.*cannot be read .* million are allowed"):
-        read_mask(tmp_path / "ISIC_4.png", 30)
-    tones = SkinTones(["ISIC_1", None], tmp_path)
+        read_mask(tmp_path / "ISIC_4.png", Frame(30))
+    tones = SkinTones(["ISIC_1", None], tmp_path, Frame(30))
     tones.add(np.stack([image(), image()]))
     assert len(tones.angles) == 2

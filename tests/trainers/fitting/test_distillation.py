@@ -13,6 +13,7 @@ from images.cache import PixelCache
 from records.bundles import Bundle
 from records.datasets import DatasetVersion, build_version
 from records.errors import ConfigError, RefusedError
+from records.frames import Frame
 from records.ids import sha256_hex
 from records.store import Store
 from records.taxonomy import Taxonomy
@@ -108,7 +109,7 @@ def test_a_fit_asks_a_teacher_of_another_side_and_records_it(
     assert (said.model_id, said.dataset_id) == (teacher.id, dataset.id)
     # Without the teacher's views, on the training images as they are.
     ids = [str(image_id) for image_id in dataset.split(Split.TRAIN)["image_id"]]
-    pixels = PixelCache(filled_store.home.cache, 48).rows(ids).take(np.arange(len(ids)))
+    pixels = PixelCache(filled_store.home.cache, Frame(48)).rows(ids).take(np.arange(len(ids)))
     parts = [
         reference_logits(plain_network(teacher), pixels[start : start + 64], teacher.document.geometry)
         for start in range(0, len(ids), 64)

@@ -16,6 +16,7 @@ import pytest
 
 from records.datasets import build_version
 from records.errors import ConfigError, DataError, DivergedError, RefusedError, RelookError, UnavailableError
+from records.frames import Frame
 from records.store import Store
 from trainers.augmentation import load_policy
 from trainers.fitting.distributed import warns_of_scarcity
@@ -53,7 +54,7 @@ def plan(filled_store: Store) -> DataPlan:
 @pytest.fixture(scope="module")
 def alone(filled_store: Store, plan: DataPlan) -> TrainedModel:
     single = SETTINGS.with_values({"workers.count": 1})
-    return train(single, plan.open(filled_store, 32), filled_store.taxonomy)
+    return train(single, plan.open(filled_store, Frame(32)), filled_store.taxonomy)
 
 
 def largest_difference(a: TrainedModel, b: TrainedModel) -> float:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.datasets import DatasetVersion, build_version
 from records.errors import ContractError, TaxonomyError
+from records.frames import Frame
 from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import Split
@@ -30,11 +31,11 @@ def test_a_plan_holds_train_and_val_and_nothing_else(filled_store: Store, datase
 
 def test_opening_a_plan_gives_the_images_of_its_rows(filled_store: Store, dataset: DatasetVersion) -> None:
     plan = pickle.loads(pickle.dumps(plan_data(dataset, filled_store.taxonomy)))
-    data = plan.open(filled_store, 32)
+    data = plan.open(filled_store, Frame(32))
     assert np.array_equal(np.sort(np.r_[data.train_index, data.val_index]), np.arange(len(plan.image_ids)))
     for row in (0, len(plan.image_ids) - 1):
         (image,) = find_images(filled_store, [plan.image_ids[row]])
-        assert np.array_equal(data.pixels.take([row])[0], decode_square(read_image(filled_store, image), 32))
+        assert np.array_equal(data.pixels.take([row])[0], decode_frame(read_image(filled_store, image), Frame(32)))
 
 
 def test_a_version_of_another_taxonomy_is_refused(dataset: DatasetVersion, three_classes: Taxonomy) -> None:

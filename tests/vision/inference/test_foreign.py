@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from images.decode import decode_square
+from images.decode import decode_frame
+from records.frames import Frame
 from trainers.fitting.suitability import reference_outputs
 from vision.calibration.suitability import Described, fit_suitability
 from vision.inference.loaded import load_model, plain_network
@@ -21,7 +22,7 @@ NUM_TRAIN, NUM_VAL, NUM_UNSEEN, NUM_FOREIGN = 800, 400, 400, 200
 def lesions(ham10000: Path):
     files = sorted(ham10000.rglob("ISIC_*.jpg"))
     chosen = np.random.default_rng(0).permutation(len(files))[: NUM_TRAIN + NUM_VAL + NUM_UNSEEN]
-    return np.stack([decode_square(files[index].read_bytes(), SIDE_PX) for index in chosen])
+    return np.stack([decode_frame(files[index].read_bytes(), Frame(SIDE_PX)) for index in chosen])
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from images.appearance import MEASURES, SHARPNESS, appearance
-from images.decode import decode_square
+from images.decode import decode_frame
 from records.bundles import read_bundle
 from records.errors import ContractError, IntegrityError
+from records.frames import Frame
 from trainers.fitting.suitability import reference_outputs
 from vision.calibration.suitability import Described, fit_suitability, refusing_threshold
 from vision.inference.loaded import load_model, plain_network
@@ -22,7 +23,7 @@ SIDE_PX = 64
 @pytest.fixture(scope="module")
 def images(images_folder: Path):
     files = sorted(images_folder.rglob("ISIC_*.jpg"))
-    return np.stack([decode_square(path.read_bytes(), SIDE_PX) for path in files])
+    return np.stack([decode_frame(path.read_bytes(), Frame(SIDE_PX)) for path in files])
 
 
 @pytest.fixture(scope="module")

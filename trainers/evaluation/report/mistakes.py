@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from images.decode import decode_frame
 from images.overlay import overlay_png
 from records.arrays import IntArray
 from records.bundles import OperatingPoints
@@ -87,10 +88,10 @@ def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating:
     if images is None or not described:
         return described
     predicted = labels_of(predictions.probabilities[chosen], operating.decision)
-    maps = model.gradcam(images.squares(chosen, model.geometry.side_px), predicted)
+    maps = model.gradcam(images.seen(chosen, model.geometry.frame), predicted)
     drawn = []
     for mistake, index, heat_map in zip(described, chosen.tolist(), maps, strict=True):
-        image = images.square(index, SIDE_PX)
+        image = decode_frame(images.read(index), model.geometry.frame.shown(SIDE_PX))
         # An empty map changes no pixel; this only encodes the image as PNG.
         plain, overlay = _uri(overlay_png(image, np.zeros((1, 1)))), _uri(overlay_png(image, heat_map))
         drawn.append(replace(mistake, name=images.names[index], image=plain, overlay=overlay))
