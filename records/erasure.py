@@ -104,7 +104,7 @@ ROWS: tuple[Rows, ...] = (
     ),
     Rows(
         ReviewItem, personal={"comment": None, "heat_map": None}, also={"suggested_label": None, "overlay_blob": None},
-        impersonal=("id", "prediction_id", "image_id", "reasons", "reader", "sent_hash", "state", "cases"),
+        impersonal=("id", "prediction_id", "image_id", "reasons", "reader", "sent_hash", "state", "cases", "crop"),
     ),
     Rows(Flag, "prediction_id", {"comment": None}, deleted=True),
     Rows(Outcome, deleted=True),

@@ -97,9 +97,8 @@ def predict_folder(
     loaded = _checked_model(bundle, settings)
     done = _resumed(unfinished, bundle.id, None if told is None else told.hash, resume)
     left = [path for path in paths if str(path.relative_to(folder)) not in done]
-    frame = loaded.geometry.frame
-    drawn = frame.shown(settings.overlay_side_px) if explain else frame
-    one = partial(_read, frame=frame, drawn=drawn, max_pixels=settings.max_pixels)
+    drawn = loaded.geometry.frame.shown(settings.overlay_side_px) if explain else loaded.geometry.frame
+    one = partial(_read, frame=loaded.geometry.frame, drawn=drawn, max_pixels=settings.max_pixels)
     maps = maps_of_run if explain else None
     with unfinished.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))

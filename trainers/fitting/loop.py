@@ -35,7 +35,7 @@ from trainers.fitting.feeding import Feeder
 from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
 from trainers.fitting.steps import LossWatch, Stepper, find_batch_size, validate
-from trainers.fitting.training_data import TrainingData, evenly_spaced, pixel_statistics
+from trainers.fitting.training_data import Rgb, TrainingData, evenly_spaced, pixel_statistics
 from trainers.fitting.workers import (
     SingleWorker,
     WorkerGroup,
@@ -50,7 +50,7 @@ from trainers.optimization.freezing import freeze
 from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.optimization.schedulers import SCHEDULERS, build_scheduler, change_rate
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings
 from trainers.tracking.tensorboard import EpochImages
 from vision.networks import build_model
 from vision.precision import resolve_precision
@@ -90,6 +90,14 @@ class TrainedModel:
         return {name: value.numpy().copy() for name, value in self.network.state_dict().items()}
 
 
+def geometry_of(chosen: ModelSettings, mean: Rgb, std: Rgb) -> Geometry:
+    """Return how an image becomes the network's input, for pixels scaled by this mean and deviation."""
+    return Geometry(
+        side_px=chosen.side_px, crop=chosen.crop, scaling=chosen.pixel_scaling, mean=mean, std=std,
+        decode_version=DECODE_VERSION,
+    )  # fmt: skip
+
+
 def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: Taxonomy) -> TrainedModel:
     """Rebuild the model of a run's best epoch from its last checkpoint."""
     # Building a network draws random initial weights, which are replaced at once; `fork_rng` keeps this from changing
@@ -99,14 +107,7 @@ def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: 
     network.load_state_dict(checkpoint.best)
     network.eval().requires_grad_(False)
     reports = checkpoint.epoch_reports()
-    geometry = Geometry(
-        side_px=settings.model.side_px,
-        crop=settings.model.crop,
-        scaling=settings.model.pixel_scaling,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-        decode_version=DECODE_VERSION,
-    )
+    geometry = geometry_of(settings.model, checkpoint.mean, checkpoint.std)
     best = best_epoch_of(reports, settings.best_epoch_by)
     return TrainedModel(network, geometry, reports, best, threads_of(settings.workers))
 
@@ -202,10 +203,8 @@ class _Run:
         # those of the same images.
         known = (found.mean, found.std) if found else settings.model.own_pixels
         mean, std = known or pixel_statistics(data.pixels, data.train_index)
-        scaling = settings.model.pixel_scaling
-        side_px, crop = settings.model.side_px, settings.model.crop
-        self._geometry = Geometry(side_px=side_px, crop=crop, scaling=scaling, mean=mean, std=std)
-        self._feeder = self._build_feeder(Augmenter(policy, Canvas(side_px, _to_bytes(mean))))
+        self._geometry = geometry_of(settings.model, mean, std)
+        self._feeder = self._build_feeder(Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean))))
         self._statistics_rows = _statistics_rows(data, group)
         # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
         # is built after it, because its state has to refer to the sharded parameters.
