@@ -48,7 +48,7 @@ def test_every_room_sees_the_same_pixels(name: str, crop: Crop, tmp_path: Path) 
     bulk = _read(path, frame, frame, 10_000)
     exact = {
         "served and explained": decode_frame(served, frame),
-        "imported": PixelCache(store.home.cache, Frame(frame)).pixels(taken.image_id),
+        "imported": PixelCache(store.home.cache, frame).pixels(taken.image_id),
         "evaluated in a folder": read_frame(path, frame),
         "predicted in bulk": getattr(bulk, "pixels", None),
     }

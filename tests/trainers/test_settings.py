@@ -97,6 +97,7 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "sampler": "natural",
         "augmentation": "none",
         "model.scaling": "min_max",
+        "model.crop": "whole",
         "precision": "fp32",
         "optimizer.learning_rate": 0.01,
         "early_stop_patience_epochs": 3,

@@ -15,6 +15,7 @@ from cluster.model_card import model_card
 from records.bundles import Architecture, Bundle, Geometry, Member, write_bundle
 from records.datasets import DatasetVersion, build_version
 from records.errors import ConfigError, RefusedError, RelookError, TaxonomyError
+from records.frames import Crop
 from records.models import find_bundle, register
 from records.store import Store
 from records.types import ModelRecord, Split
@@ -130,9 +131,11 @@ def test_models_that_do_not_fit_together_are_refused(
     }
     refused(ConfigError, "two models or more", first)
     refused(ConfigError, "named twice", first, first)
-    refused(
-        ConfigError, "different sides", first, make_bundle(filled_store, "custom_cnn", 0, 64, dataset_id=dataset.id)
-    )
+    larger = make_bundle(filled_store, "custom_cnn", 0, 64, dataset_id=dataset.id)
+    refused(ConfigError, "differ in side .* 32 center, .* 64 center", first, larger)
+    geometry = first.document.geometry.model_copy(update={"crop": Crop.WHOLE})
+    whole = make_bundle(filled_store, "custom_cnn", 0, 32, dataset_id=dataset.id, geometry=geometry)
+    refused(ConfigError, "or crop: .* 32 center, .* 32 whole", first, whole)
     refused(RefusedError, "not in this home, so nobody can tell", first, other["elsewhere"])
     refused(TaxonomyError, "member", first, other["foreign"])
     refused(RefusedError, "made of model aaaaaaaaaaaa", first, other["orphan"])
