@@ -65,6 +65,6 @@ def test_masks_are_found_by_name_and_cut_as_images_are(tmp_path):
     Image.new("1", (12_000, 12_000)).save(tmp_path / "ISIC_4.png")
     with pytest.raises(DataError, match=r"ISIC_4.*cannot be read .* million are allowed"):
         read_mask(tmp_path / "ISIC_4.png", Frame(30))
-    tones = SkinTones(["ISIC_1", None], tmp_path, Frame(30))
+    tones = SkinTones(["ISIC_1", None], tmp_path, Frame(len(image())))
     tones.add(np.stack([image(), image()]))
     assert len(tones.angles) == 2
