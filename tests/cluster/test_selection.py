@@ -207,8 +207,8 @@ def test_dropout_passes_differ_and_are_reproducible(model: Bundle) -> None:
 
 def test_without_usable_images_nothing_is_selected(store: Store, model: Bundle, folder: Path) -> None:
     assert select_images(store, model, {"random": 3}) == 0
-    among, _ = take_in_folder(store, folder, SIDE_PX)
-    assert take_in_folder(store, folder, SIDE_PX)[0] == among, "known images are not taken in again"
+    among, _ = take_in_folder(store, folder, Frame(SIDE_PX))
+    assert take_in_folder(store, folder, Frame(SIDE_PX))[0] == among, "known images are not taken in again"
     assert select_images(store, model, {"random": 0}) == 0
     shutil.rmtree(store.home.cache)
     for image_id in among:
@@ -220,7 +220,7 @@ def test_without_usable_images_nothing_is_selected(store: Store, model: Bundle, 
 def test_the_command_selects_from_the_store(
     store: Store, model: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    take_in_folder(store, folder, SIDE_PX)
+    take_in_folder(store, folder, Frame(SIDE_PX))
     assert (
         run(
             [

@@ -13,11 +13,11 @@ import pytest
 
 from bench.serve.abuse import abusers, broken_bounds, measure
 from bench.serve.honest import Honest
+from records.memory import return_freed_memory
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Scope
 from serving.access.keys import create_key
-from serving.collector import return_freed_memory
 from serving.explainer import Explainer
 from serving.settings import ServingSettings
 
