@@ -15,7 +15,7 @@ from images.decode import decode_frame
 from images.synth import SHARES
 from images.synth import render as render_image
 from records.errors import ImageError
-from records.frames import Frame
+from records.frames import Crop, Frame
 from records.ids import sha256_hex
 from records.images import strip_metadata
 from records.progress import say
@@ -65,20 +65,20 @@ def title_of(paths: list[Path]) -> str:
 
 
 def _shown(folder: Path | None, code: str, store: Store | None) -> bytes | None:
-    """Return the first image of a class that can be read and may be shown, as a JPEG of `SIDE_PX`."""
+    """Return the first image of a class that can be read and may be shown, as a JPEG whose longer side is `SIDE_PX`."""
     for path in _files(folder, code):
         try:
             data = path.read_bytes()
             if store is not None and _is_withdrawn(store, sha256_hex(strip_metadata(data)), sha256_hex(data)):
                 say(f"the example {path} is not shown: the image was erased or its consent was lowered")
                 continue
-            square = decode_frame(data, Frame(SIDE_PX))
+            small = decode_frame(data, Frame(SIDE_PX, Crop.WHOLE).shown(SIDE_PX))
         except (ImageError, OSError) as error:
             say(f"the example {path} is not shown: {error}")
             continue
         file = io.BytesIO()
         # Encoded anew: without metadata, and small, whatever the file is.
-        PillowImage.fromarray(square).save(file, "JPEG", quality=90)
+        PillowImage.fromarray(small).save(file, "JPEG", quality=90)
         return file.getvalue()
     return None
 
