@@ -120,7 +120,7 @@ def test_examples_of_other_classes_are_those_that_everybody_may_see(store_of, tm
     assert title_of(paths) == "Examples"
     assert "dog/1.jpg is not shown: " in capsys.readouterr().err
     with PillowImage.open(made / "shown_dog.jpg") as image:
-        assert (image.size, dict(image.getexif())) == ((320, 320), {})
+        assert (image.size, dict(image.getexif())) == ((320, 240), {})
     # The ledger has the last word: an erased image, and one whose consent was lowered, are shown to nobody.
     now = utc_now()
     with store.ledger.begin() as tx:
