@@ -27,7 +27,8 @@ def archive(images: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as opened:
         for name, content in images.items():
-            opened.writestr(name, content)
+            # With a fixed date: the same images give the same bytes a second later.
+            opened.writestr(zipfile.ZipInfo(name), content)
     return buffer.getvalue()
 
 
