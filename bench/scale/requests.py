@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,25 +42,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 Figures = dict[str, Any]
 
 
-@dataclass
-class _CpuTimes:
-    """CPU time that the processes of each part took since this was made, seconds."""
-
-    before: dict[psutil.Process, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Note what they took so far."""
-        self.before = {process: taken for found in _of_parts().values() for process, taken in found.items()}
-
-    def since(self) -> dict[str, float]:
-        """Return it by part, for the parts that have a process of their own."""
-        return {
-            part: sum(taken - self.before.get(process, 0.0) for process, taken in found.items())
-            for part, found in _of_parts().items()
-            if found
-        }
-
-
 def _of_parts() -> dict[str, dict[psutil.Process, float]]:
     """Return the CPU time of every replica so far, by part."""
     found: dict[str, dict[psutil.Process, float]] = {part: {} for part in PARTS}
@@ -71,6 +51,15 @@ def _of_parts() -> dict[str, dict[psutil.Process, float]]:
             if times is not None and f"ServeReplica:{APPLICATION}:{part}" in title:
                 found[part][process] = times.user + times.system
     return found
+
+
+def _since(before: dict[str, dict[psutil.Process, float]]) -> dict[str, float]:
+    """Return the CPU time since then, seconds, by part; only of parts that have a process of their own."""
+    return {
+        part: sum(taken - before[part].get(process, 0.0) for process, taken in found.items())
+        for part, found in _of_parts().items()
+        if found
+    }
 
 
 def measure(
@@ -97,9 +86,9 @@ def measure(
         target = Target(settings.port, "/v1/predictions")
         # The output for each size of batch is computed once, by the network, before it is measured.
         ask(target, images, 4 * BATCH, callers)
-        before = _CpuTimes()
+        before = _of_parts()
         load = closed_loop(target, images, callers, seconds)
-        taken_s = before.since()
+        taken_s = _since(before)
     answered = max(1, len(load.answered))
     cpu_ms = {part: 1000 * part_s / answered for part, part_s in taken_s.items()}
     return {

@@ -167,16 +167,7 @@ class KeyRing:
         return bool(self._keys)
 
     async def find(self, authorization: str | None) -> Caller:
-        """Return the caller of a request, as `caller` does, but accept a key that is newer than the copy of the keys.
-
-        Args:
-            authorization: the request's header, or None.
-        Returns:
-            The caller; `LOCAL` if there is no header and no key was ever made.
-        Raises:
-            AccessError: no key, or one that is unknown, expired or revoked.
-            UnavailableError: the ledger cannot be reached.
-        """
+        """Return what `caller` returns, but accept a key that is newer than the copy of the keys."""
         arrived_s = time.monotonic()
         token = _bearer(authorization)
         # Before the ledger is read, so that an administrator is recognised while it cannot be.

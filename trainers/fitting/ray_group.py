@@ -1,4 +1,4 @@
-"""A training by several workers under Ray Train; no other file imports it, since that takes most of a second.
+"""A training by several workers under Ray Train, which no other file imports, since that takes most of a second.
 
 Ray Train keeps a checkpoint per epoch under `run_dir/ray`, and the same folder resumes the run.
 """
