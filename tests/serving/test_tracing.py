@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,12 +31,17 @@ from serving.settings import ServingSettings
 
 @pytest.fixture
 def spans() -> Iterator[Callable[[str], dict[str, Any]]]:
-    """Record spans in memory; returns those of a trace by name."""
+    """Record spans in memory; returns those of a trace by name, once the first of them has ended."""
     exporter = InMemorySpanExporter()
     tracing.start("http://127.0.0.1:1/v1/traces", exporter=exporter)
 
     def of(trace_id: str) -> dict[str, Any]:
-        found = [span for span in exporter.get_finished_spans() if f"{span.context.trace_id:032x}" == trace_id]
+        # A service ends the span of a request after its caller has read the last byte of the response.
+        ends_at = time.monotonic() + 30.0
+        found: list[Any] = []
+        while not any(span.parent is None for span in found) and time.monotonic() < ends_at:
+            found = [span for span in exporter.get_finished_spans() if f"{span.context.trace_id:032x}" == trace_id]
+            time.sleep(0.01)
         assert len({span.name for span in found}) == len(found)
         return {span.name: span for span in found}
 
