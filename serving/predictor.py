@@ -283,12 +283,16 @@ class Predictor:
             await self._slots.acquire()
             await self._free_cores.acquire()
             batch = await self._gather()
+            num_threads = 1
+            # A batch gets all cores if no other batch computes and no job waits, and then it keeps them to its end:
+            # the number of threads cannot be changed during a forward pass, and a second pass on one of its cores
+            # would delay it at every operator, at which its threads wait for each other.
+            if self._num_computing == 0 and self._queue.empty():
+                num_threads = self._cores
+                for _ in range(num_threads - 1):
+                    await self._free_cores.acquire()
             self._num_computing += 1
-            # The batch uses all cores only if no other batch computes and no job waits. When two multi-threaded
-            # forward passes share cores, their threads wait for each other at every operator, and the number of
-            # threads cannot be changed during a forward pass.
-            is_alone = self._num_computing == 1 and self._queue.empty()
-            task = asyncio.create_task(self._compute(batch, self._cores if is_alone else 1))
+            task = asyncio.create_task(self._compute(batch, num_threads))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
@@ -324,9 +328,10 @@ class Predictor:
             self._slots.release()
             return
         finally:
-            # The core is released as soon as the forward pass ends, the slot only after the commit.
+            # The cores are released as soon as the forward pass ends, the slot only after the commit.
             self._num_computing -= 1
-            self._free_cores.release()
+            for _ in range(num_threads):
+                self._free_cores.release()
         try:
             # One part, unless a job failed: then it has its error, and the others are computed without it.
             kept = dict(zip(map(id, batch), await keeping, strict=True))

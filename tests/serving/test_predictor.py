@@ -1,6 +1,7 @@
 """The predictor's core without HTTP or Ray: batches equal singles, models swap, errors stay with their request."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -78,6 +79,39 @@ def test_a_batch_alone_has_all_cores_and_concurrent_batches_one_each(
     singles, together = with_predictor(store, both, settings)
     assert {stored.prediction.num_threads for stored in singles} == {2}
     assert 1 in {stored.prediction.num_threads for stored in together}
+
+
+def test_forward_passes_together_have_no_more_threads_than_there_are_cores(
+    store: Store, tools: Any, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store))
+    forward, lock = Predictor._forward, threading.Lock()
+    computing: list[int] = []
+    begun: list[tuple[int, int]] = []
+    """Of every forward pass: its images, and the threads of all that compute from then on."""
+
+    def counted(self: Predictor, num_threads: int, batch: Any) -> Any:
+        with lock:
+            computing.append(num_threads)
+            begun.append((len(batch), sum(computing)))
+        try:
+            time.sleep(0.2)
+            return forward(self, num_threads, batch)
+        finally:
+            with lock:
+                computing.remove(num_threads)
+
+    async def overlapping(predictor: Predictor) -> None:
+        first = asyncio.create_task(predictor.predict(request(make_image(0))))
+        while not computing:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(first, *(predictor.predict(request(make_image(number))) for number in range(1, 4)))
+
+    monkeypatch.setattr(Predictor, "_forward", counted)
+    with_predictor(store, overlapping, SETTINGS.model_copy(update={"predictor_cpus": 2.0}))
+    assert begun[0] == (1, 2)
+    assert sum(images for images, _ in begun) == 4
+    assert max(threads for _, threads in begun) == 2
 
 
 @pytest.mark.engines
