@@ -29,6 +29,7 @@ from cluster.settings import Settings
 from cluster.sources import load_settings
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import open_home
+from tests.processes import command_line
 
 pytestmark = pytest.mark.apart
 
@@ -85,9 +86,7 @@ def test_a_session_listens_on_loopback_only(ray_session: RaySession) -> None:
 
 
 def test_idle_ray_stays_small(ray_session: RaySession) -> None:
-    # A killed process of an earlier test is no daemon.
-    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    daemons = [child for child in alive if "ray" in " ".join(child.cmdline())]
+    daemons = [child for child in psutil.Process().children() if "ray" in command_line(child)]
     own = {"gcs_server", "monitor.py", "dashboard.py", "log_monitor.py", "raylet"}
     assert len(daemons) >= len(own)
     total = sum(process.memory_full_info().pss for process in daemons)

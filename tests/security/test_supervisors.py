@@ -29,6 +29,7 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ModelStatus
 from tests.ports import free_port
+from tests.processes import command_line
 
 pytestmark = pytest.mark.apart
 
@@ -113,13 +114,13 @@ class Started:
 
     def daemon(self, name: str) -> psutil.Process:
         """One of Ray's daemons."""
-        return next(process for process in self.below if name in process.cmdline()[0])
+        return next(process for process in self.below if name in command_line(process).partition(" ")[0])
 
     def ends(self) -> int:
         """Return the exit code; nothing is left."""
         code = self.process.wait(ENDS_WITHIN_S)
         _, alive = psutil.wait_procs(self.below, timeout=600)
-        assert not alive, [process.cmdline() for process in alive]
+        assert not alive, [command_line(process) for process in alive]
         return code
 
 
@@ -236,7 +237,7 @@ def test_a_search_without_its_raylet_ends_and_names_resume(tmp_path: Path, image
 def test_daemons_are_out_of_reach_of_signals_to_the_group(ray_session: Any) -> None:
     """Fails with a Ray that starts them in another way than through the class that is replaced."""
     below = psutil.Process().children(recursive=True)
-    found = [process for process in below if process.cmdline() and WATCHED_NAMES.search(process.cmdline()[0])]
+    found = [process for process in below if WATCHED_NAMES.search(command_line(process).partition(" ")[0])]
     assert len(found) == len(WATCHED)
     assert os.getsid(0) not in {os.getsid(process.pid) for process in found}
 

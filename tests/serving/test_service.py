@@ -22,6 +22,7 @@ from records.types import Decision, Flag, FlagReason, ModelStatus, Prediction, R
 from serving.client import Client
 from serving.schemas import Context, FlagRequest, PredictionResponse
 from serving.settings import ServingSettings
+from tests.processes import below_with
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -263,8 +264,7 @@ def test_a_killed_ingress_comes_back_on_its_port_and_loses_no_prediction(
 
 
 def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, make_image: Callable[..., bytes]) -> None:
-    alive = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
-    (page,) = (child for child in alive if "ServeReplica:relook:page" in " ".join(child.cmdline()))
+    (page,) = below_with("ServeReplica:relook:page")
     page.kill()
     with Client(url, retry_s=0.0) as client:
         client.predict(make_image(1))

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import threading
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from records.datasets import build_version
 from records.errors import ConfigError, DataError, DivergedError, RefusedError, RelookError, UnavailableError
 from records.frames import Frame
 from records.store import Store
+from tests.processes import below_with
 from trainers.augmentation import load_policy
 from trainers.fitting.distributed import warns_of_scarcity
 from trainers.fitting.epoch_report import EpochReport
@@ -63,16 +63,7 @@ def largest_difference(a: TrainedModel, b: TrainedModel) -> float:
 
 
 def train_workers() -> list[psutil.Process]:
-    return processes("RayTrainWorker")
-
-
-def processes(name: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # one that ended meanwhile, or has and nobody asked
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return below_with("RayTrainWorker")
 
 
 @pytest.mark.slow
@@ -121,7 +112,7 @@ def test_one_worker_is_a_task_that_goes_on_when_its_process_dies(
         told.append(report.epoch)
         assert train_workers() == []
         if not killed:
-            (process,) = processes("relook_fit")
+            (process,) = below_with("relook_fit")
             killed.append(process.pid)
             process.kill()
         return False
