@@ -31,6 +31,11 @@ BestBy = Literal["balanced_accuracy", "macro_auc", "even_loss", "last"]
 
 MACHINERY = frozenset({"workers"})
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
+NO_TRACE = frozenset({
+    "checkpoint_every_steps", "contact_timeout_s", "data_source", "feeders", "max_failures", "prefetch_batches",
+    "read_loss_every_steps",
+})  # fmt: skip
+"""Fields of `workers` that change no bit of a model; the number of workers and of threads changes how it is rounded."""
 NO_RECIPE = MACHINERY | {"refit"}
 """Fields that are no part of one training's recipe: a refit is a second training, with a recipe of its own."""
 
@@ -146,6 +151,10 @@ class TrainersSettings(RoomSettings):
     def recipe_hash(self) -> str:
         """Return the hash of the fields that decide what the model becomes, 64 hex characters."""
         return hash_of(self.model_dump(mode="json", exclude=set(NO_RECIPE)))
+
+    def kept(self) -> dict[str, Any]:
+        """Return what a bundle keeps, as JSON: all that can change a bit of the model, so that equal ones are one."""
+        return self.model_dump(mode="json", exclude={"workers": set(NO_TRACE)})
 
     def flat(self) -> dict[str, Any]:
         """Return every value as JSON by its dotted name, such as `optimizer.momentum`."""

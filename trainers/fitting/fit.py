@@ -195,7 +195,7 @@ def _origin_of(
     return Origin(
         trained_on=trained_on,
         architecture=Architecture(name=settings.model.name, options=settings.model.options),
-        config=settings.model_dump(mode="json"),
+        config=settings.kept(),
         training=training | {"weights": start.facts() if start is not None else None},
         parent_model_id=start_from.id if start_from is not None else None,
         teacher=teacher,

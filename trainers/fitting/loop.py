@@ -323,7 +323,8 @@ class _Run:
                 self._loss_sum = mean_over(self._group, watch.total())
                 self._require_finite()
                 self._keep()
-        loss = mean_over(self._group, watch.mean())
+        # Divided last: a total over the workers is exact, so it is the same whether they were summed up before or not.
+        loss = mean_over(self._group, watch.total()) / steps
         # The position is now the first step of the next epoch, and `_keep` saves it like that.
         self._step, self._loss_sum = 0, 0.0
         return loss

@@ -24,7 +24,7 @@ from trainers.fitting.checkpoints import Checkpoint, further, load_checkpoint, s
 from trainers.fitting.contact import require_contact
 from trainers.fitting.job import Job
 from trainers.fitting.one_worker import thread_variables
-from trainers.fitting.workers import CHECKPOINT_FILE, GROUP_FOLDER, ProcessGroup
+from trainers.fitting.workers import CHECKPOINT_FILE, GROUP_FOLDER, ProcessGroup, furthest_in
 from trainers.optimization.strategies import StrategyRecipe, strategy_of
 from trainers.settings import TrainersSettings
 
@@ -50,7 +50,7 @@ def fit_in_group(job: Job, channel: Any, use_gpu: bool) -> Checkpoint:
     trainer = _trainer(job, channel, use_gpu)
     with _controller_environment():
         try:
-            result = trainer.fit()
+            trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _reason(channel, error, job.run_dir) from error
     # The group ends normally after a fatal error of our own (see `_train_on_worker`), so success has to be checked
@@ -59,10 +59,11 @@ def fit_in_group(job: Job, channel: Any, use_gpu: bool) -> Checkpoint:
     if fatal is not None:
         name, message = fatal
         raise error_class(name)(message)
-    if result.checkpoint is None:
+    # Not only Ray Train's own: the group has nothing to do where one worker finished the run.
+    found = furthest_in(job.run_dir)
+    if found is None:
         raise UnavailableError(f"the run in {job.run_dir} ended without a checkpoint")
-    with result.checkpoint.as_directory() as folder:
-        return load_checkpoint(Path(folder) / CHECKPOINT_FILE)
+    return found
 
 
 def _trainer(job: Job, channel: Any, use_gpu: bool) -> ray.train.torch.TorchTrainer:

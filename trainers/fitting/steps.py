@@ -284,16 +284,6 @@ class LossWatch:
         self._settle()
         return self._total
 
-    def mean(self) -> float:
-        """Return the mean loss so far.
-
-        Returns:
-            A finite number.
-        Raises:
-            DivergedError: a loss is not finite.
-        """
-        return self.total() / max(self._steps, 1)
-
     def _settle(self) -> None:
         pending, self._pending = self._pending, []
         if not pending:

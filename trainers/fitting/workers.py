@@ -94,15 +94,18 @@ class SingleWorker:
 
     def load(self) -> Checkpoint | None:
         """Return the checkpoint of the run's folder that is furthest on, one of a group of workers included."""
-        if self.kept_in is None:
-            return None
-        path = self.kept_in / CHECKPOINT_FILE
-        found = load_checkpoint(path) if path.is_file() else None
-        for kept in (self.kept_in / GROUP_FOLDER).glob(f"*/{CHECKPOINT_FILE}"):
-            # One that was cut off by a kill is no longer the run's last one.
-            with suppress(IntegrityError):
-                found = further(found, load_checkpoint(kept))
-        return found
+        return None if self.kept_in is None else furthest_in(self.kept_in)
+
+
+def furthest_in(run_dir: Path) -> Checkpoint | None:
+    """Return the checkpoint that is furthest on, whether one worker or a group under Ray Train left it."""
+    path = run_dir / CHECKPOINT_FILE
+    found = load_checkpoint(path) if path.is_file() else None
+    for kept in (run_dir / GROUP_FOLDER).glob(f"*/{CHECKPOINT_FILE}"):
+        # One that was cut off by a kill is no longer the run's last one.
+        with suppress(IntegrityError):
+            found = further(found, load_checkpoint(kept))
+    return found
 
 
 def choose_device(use_gpu: Literal["auto"] | bool) -> torch.device:

@@ -6,8 +6,10 @@ are trained one after the other, so that torch is imported once per process.
 
 import contextlib
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,6 +37,7 @@ EVERYTHING = {
 NORMS = {
     **PLAIN, "model.name": "custom_cnn", "model.dropout": 0.01, "epochs": 5, "optimizer.learning_rate": 0.05,
 }  # fmt: skip
+CLOCKS = ("images_per_s", "seconds", "validation_seconds")
 RESNET = {"model.name": "resnet18", "batch_size": 4, "epochs": 1, "optimizer.learning_rate": 0.005}
 
 CASES: dict[str, dict[str, object]] = {
@@ -92,7 +95,7 @@ def train_case(case: str, rank: int, folder: Path | None) -> TrainedModel:
 
 
 def train_all(rank: int, port: int, folder: Path, cases: Sequence[str]) -> None:
-    """Train the cases; then stop one sharded run half-way, for a single process to go on with."""
+    """Train the cases; then stop a sharded run half-way, for a single process to go on with, and runs that go on."""
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=240))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=240))
     for case in cases:
@@ -101,6 +104,7 @@ def train_all(rank: int, port: int, folder: Path, cases: Sequence[str]) -> None:
             scores = [report.val_balanced_accuracy for report in model.reports]
             np.savez(folder / f"{case}.npz", **model.weights(), _scores=scores, _loss=model.reports[-1].train_loss)
     stop_half_way(rank, folder / "half")
+    stop_in_the_first_epoch(rank, folder)
     dist.destroy_process_group()
 
 
@@ -108,23 +112,68 @@ class StoppedError(Exception):
     """Stands for whatever ends a run in the middle of an epoch."""
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Where a run stops: at a checkpoint, before it is kept or after."""
+
+    epochs_done: int
+    step: int
+    kept: bool
+
+
+MOMENTS = (Moment(0, 2, False), Moment(0, 2, True), Moment(0, 4, True), Moment(1, 0, False), Moment(1, 0, True))
+"""All in the first epoch, whose five steps have a checkpoint after the second and the fourth."""
+
+
 class Stopping(ProcessGroup):
-    """Workers that go down after the checkpoint in the middle of their second epoch."""
+    """Workers that go down at a moment."""
+
+    def stop_at(self, moment: Moment) -> "Stopping":
+        """Set the moment."""
+        self._moment = moment
+        return self
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Keep the checkpoint, and stop there."""
-        super().save(checkpoint)
-        if checkpoint.epochs_done == 1 and checkpoint.step == 3:
+        """Keep the checkpoint, or stop before or after that."""
+        here = (checkpoint.epochs_done, checkpoint.step) == (self._moment.epochs_done, self._moment.step)
+        if not here or self._moment.kept:
+            super().save(checkpoint)
+        if here:
             raise StoppedError
+
+
+def train_until(moment: Moment, settings: TrainersSettings, rank: int, folder: Path) -> None:
+    """Train as one of two workers that stop at a moment."""
+    folder.mkdir(exist_ok=True)
+    group = Stopping(strategy_of(settings.workers), rank, 2, torch.device("cpu"), folder).stop_at(moment)
+    with contextlib.suppress(StoppedError):
+        train(settings, images(), COLOURS, workers=group)
 
 
 def stop_half_way(rank: int, folder: Path) -> None:
     """Train a sharded run until its second epoch is half done."""
-    folder.mkdir(exist_ok=True)
     settings = settings_of("everything-fsdp", 2).with_values({"workers.checkpoint_every_steps": 3})
-    group = Stopping(strategy_of(settings.workers), rank, 2, torch.device("cpu"), folder)
-    with contextlib.suppress(StoppedError):
-        train(settings, images(), COLOURS, workers=group)
+    train_until(Moment(1, 3, True), settings, rank, folder)
+
+
+def stop_in_the_first_epoch(rank: int, folder: Path) -> None:
+    """Stop and resume a run at each moment; rank 0 leaves what became of these and of an undisturbed run."""
+    base = settings_of("everything-ddp", 2).with_values(
+        {"model.dropout": 0.1, "augmentation": "light", "workers.checkpoint_every_steps": 2}
+    )
+    found = []
+    for number, moment in enumerate((None, *MOMENTS)):
+        own = folder / f"stopped-{number}"
+        if moment is not None:
+            train_until(moment, base, rank, own)
+        settings = base.with_values({"workers.feeders": number % 3})
+        group = ProcessGroup(strategy_of(settings.workers), rank, 2, torch.device("cpu"), own if moment else None)
+        model = train(settings, images(), COLOURS, workers=group)
+        figures = [report.model_dump(exclude=set(CLOCKS)) for report in model.reports]
+        weights = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in model.weights().items()}
+        found.append({"figures": figures, "weights": weights, "config": settings.kept()})
+    if rank == 0:
+        (folder / "stopped.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

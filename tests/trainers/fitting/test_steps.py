@@ -92,7 +92,7 @@ def test_the_watch_averages() -> None:
     watch = LossWatch(IDS)
     for value in (1.0, 2.0, 6.0):
         watch.add(torch.tensor(value), batch([0, 1]))
-    assert watch.mean() == pytest.approx(3.0)
+    assert watch.total() == pytest.approx(9.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -108,7 +108,7 @@ def test_the_watch_looks_at_the_last_step_too() -> None:
     watch = LossWatch(IDS)
     watch.add(torch.tensor(float("nan")), batch([3]))
     with pytest.raises(DivergedError, match=f"on images {IDS[3]};"):
-        watch.mean()
+        watch.total()
 
 
 def test_batch_norm_is_measured_on_the_images_as_they_are(toy_data: TrainingData) -> None:

@@ -1,5 +1,6 @@
 """Strategies: whoever shares a batch, and however, the model is the same; one's checkpoint is another's start."""
 
+import json
 import os
 import runpy
 import socket
@@ -116,6 +117,14 @@ def test_a_sharded_run_that_stopped_within_an_epoch_is_finished_by_one_process(t
     finished = alone("everything-fsdp", together / "half")
     assert [report.epoch for report in finished.reports] == [1, 2]
     assert largest_difference(finished.weights(), alone("everything-fsdp").weights()) < 1e-4
+
+
+def test_two_workers_that_stopped_in_their_first_epoch_end_as_those_that_did_not(together: Path) -> None:
+    whole, *resumed = json.loads((together / "stopped.json").read_text())
+    assert len(whole["figures"]) == 2
+    assert len(resumed) == len(RUN["MOMENTS"])
+    for moment, run in zip(RUN["MOMENTS"], resumed, strict=True):
+        assert run == whole, moment
 
 
 def test_the_registry_holds_four_and_auto_is_one_of_them() -> None:
