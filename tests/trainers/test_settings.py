@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from trainers.settings import (
     NO_RECIPE,
+    NO_TRACE,
     LossSettings,
     ModelSettings,
     OptimizerSettings,
@@ -78,6 +79,15 @@ def test_the_recipe_hash_ignores_machinery_only() -> None:
         other = _another_value(base, name)
         assert other != base, name
         assert (other.recipe_hash() == base.recipe_hash()) == (name.partition(".")[0] in NO_RECIPE), name
+
+
+def test_a_bundle_keeps_all_settings_but_those_that_leave_no_trace() -> None:
+    base = TrainersSettings()
+    assert set(WorkersSettings.model_fields) > NO_TRACE
+    for name in base.flat():
+        other = _another_value(base, name)
+        assert (other.kept() == base.kept()) == (name.removeprefix("workers.") in NO_TRACE), name
+    assert TrainersSettings.model_validate(base.kept()) == base
 
 
 def test_settings_survive_json() -> None:

@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 from records.errors import ConfigError
-from trainers.fitting.workers import SingleWorker, any_of, choose_device, compute_threads, mean_over, threads_of
+from trainers.fitting.checkpoints import Checkpoint, Identity, save_checkpoint
+from trainers.fitting.workers import (
+    CHECKPOINT_FILE,
+    GROUP_FOLDER,
+    SingleWorker,
+    any_of,
+    choose_device,
+    compute_threads,
+    furthest_in,
+    mean_over,
+    threads_of,
+)
 from trainers.settings import WorkersSettings
 
 
@@ -26,6 +37,28 @@ def test_a_group_of_one() -> None:
 def test_without_a_folder_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert SingleWorker(use_gpu=False).load() is None
     assert SingleWorker(tmp_path, use_gpu=False).load() is None
+
+
+def test_the_checkpoint_that_is_furthest_on_counts_whoever_left_it(tmp_path: Path) -> None:
+    def left(epochs: int, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reports = [{"epoch": number} for number in range(1, epochs + 1)]
+        identity, mean = Identity(*"abcde"), (0.5, 0.5, 0.5)
+        save_checkpoint(Checkpoint(identity, reports, {}, {}, {}, {}, mean, mean, finished=False), path)
+
+    def furthest() -> int | None:
+        found = furthest_in(tmp_path)
+        return found.epochs_done if found else None
+
+    assert furthest() is None
+    left(2, tmp_path / GROUP_FOLDER / "checkpoint_2" / CHECKPOINT_FILE)
+    assert furthest() == 2, "a group's, where one worker left none"
+    left(1, tmp_path / CHECKPOINT_FILE)
+    assert furthest() == 2, "one worker began, and a group went on"
+    left(3, tmp_path / CHECKPOINT_FILE)
+    assert furthest() == 3, "one worker went on after a group"
+    (tmp_path / GROUP_FOLDER / "checkpoint_2" / CHECKPOINT_FILE).write_bytes(b"cut off")
+    assert furthest() == 3
 
 
 def test_threads_are_set_inside_and_restored_after() -> None:
