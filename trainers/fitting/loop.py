@@ -323,10 +323,9 @@ class _Run:
                 self._loss_sum = mean_over(self._group, watch.total())
                 self._require_finite()
                 self._keep()
-        # Divided last: a total over the workers is exact, so it is the same whether they were summed up before or not.
+        # A total is exact however often it was summed up over the workers, so it is divided last.
         loss = mean_over(self._group, watch.total()) / steps
-        # The position is now the first step of the next epoch, and `_keep` saves it like that.
-        self._step, self._loss_sum = 0, 0.0
+        self._step, self._loss_sum = 0, 0.0  # the first step of the next epoch, as `_keep` saves it
         return loss
 
     def _require_finite(self) -> None:
