@@ -9,9 +9,10 @@ LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
 AUDIT_TOOLS := build/audit-tools
 # Four processes of tests, with the servers that they start, take 9 GB; three take 7.
 TEST_PROCESSES ?= $(shell awk '/^MemTotal/ {print $$2 < 12000000 ? 3 : 4}' /proc/meminfo 2>/dev/null || echo 3)
+IN_PROCESSES := -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 PIP := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: help setup demo check format test test-fast coverage mutants bench soak audit clean
+.PHONY: help setup demo check format test test-long test-fast coverage mutants bench soak audit clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -49,15 +50,18 @@ format: $(INSTALLED)  ## sort imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: setup  ## the whole suite: real Ray, real Label Studio, a browser where there is one
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+test: setup  ## every mechanism once: real Ray, real Label Studio, a browser where there is one
+	$(BIN)/pytest $(IN_PROCESSES) -m "not long and not soak"
+
+test-long: setup  ## what `make test` leaves out: further costly tests of the same mechanisms
+	$(BIN)/pytest $(IN_PROCESSES) -m "long and not soak"
 
 test-fast: $(INSTALLED)  ## what needs no server and no browser
-	$(BIN)/pytest -m "not slow and not browser and not soak"
+	$(BIN)/pytest -m "not slow and not browser and not long and not soak"
 
-coverage: setup  ## lines and branches that the suite runs, subprocesses and Ray's workers included
+coverage: setup  ## lines and branches that both run, subprocesses and Ray's workers included
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/coverage run -m pytest $(IN_PROCESSES)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered --sort=cover
 

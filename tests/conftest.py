@@ -252,20 +252,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("tests.models")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say which tests one process runs, and begin with those that take long.
 
     A file stays together, for what its tests share; all files that use the same server stay together, so that it is
     started once. Several processes take these groups in order: a long one that begins last keeps one of them at work
-    alone.
+    alone. Tests that the run leaves out are gone by now, so what they would need decides nothing.
     """
     items.sort(key=lambda item: item.path)
     servers: dict[Path, str] = {}
     for item in items:
-        decides = not (item.get_closest_marker("apart") or item.get_closest_marker("soak"))
         for fixture, name in SERVERS.items():
-            if decides and fixture in getattr(item, "fixturenames", ()):
+            if not item.get_closest_marker("apart") and fixture in getattr(item, "fixturenames", ()):
                 servers[item.path] = name
     long = {item.path for item in items if item.get_closest_marker("slow")}
     places: dict[str, tuple[bool, ...]] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark.expression import Expression
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -223,15 +224,31 @@ def test_the_api_and_the_page_load_no_network() -> None:
 def test_the_make_verbs_exist_and_ci_runs_them() -> None:
     text = (ROOT / "Makefile").read_text()
     verbs = set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))
-    assert {"setup", "demo", "check", "test", "test-fast", "bench", "soak", "audit", "clean"} <= verbs
+    assert {"setup", "demo", "check", "test", "test-long", "test-fast", "bench", "soak", "audit", "clean"} <= verbs
     ci = ROOT / ".ci" / "run"
     assert ci.stat().st_mode & 0o111
     assert [line for line in ci.read_text().splitlines() if "make " in line or line.startswith(".ci/")] == [
         "make setup",
         "make check",
         ".ci/strange",
-        "RELOOK_REQUIRE_BROWSER=1 RELOOK_REQUIRE_NGINX=1 make test",
+        "make test",
+        "make test-long",
     ]
+    assert "\nexport RELOOK_REQUIRE_BROWSER=1 RELOOK_REQUIRE_NGINX=1\nmake test\n" in ci.read_text()
+
+
+def test_every_test_runs_in_exactly_one_tier() -> None:
+    recipes = dict(re.findall(r"^([a-z][a-z-]*):.*\n((?:\t.*\n)*)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    tiers = {verb: re.findall(r'pytest .*-m "?([a-z ]+)', recipes[verb]) for verb in ("test", "test-long", "soak")}
+    assert {verb: len(found) for verb, found in tiers.items()} == dict.fromkeys(tiers, 1)
+    options = _project()["tool"]["pytest"]["ini_options"]["addopts"]
+    without_words, coverage = options[options.index("-m") + 1], recipes["coverage"]
+    assert " -m pytest $(IN_PROCESSES)\n" in coverage, "measures what pytest without words runs"
+    for marks in ({"long"}, {"soak"}, {"long", "soak"}, set()):
+        runs = {verb: Expression.compile(found).evaluate(marks.__contains__) for verb, (found,) in tiers.items()}
+        assert sum(runs.values()) == 1, (marks, runs)
+        in_both = Expression.compile(without_words).evaluate(marks.__contains__)
+        assert in_both == (runs["test"] or runs["test-long"])
 
 
 def test_setup_refuses_an_old_python_with_one_sentence(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def test_a_second_session_in_one_process_is_refused(ray_session: RaySession, ray
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_node_that_was_too_slow_is_started_again(tmp_path: Path) -> None:
     script = """
 import psutil, ray
@@ -211,6 +212,7 @@ print(addresses[0] != addresses[1], addresses[2], len(psutil.Process().children(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_takes_down_every_process(tmp_path: Path) -> None:
     body = "\n".join(f"    {line}" for line in BUSY.strip().splitlines())
     process = _start(f"with start_ray(settings):\n{body}\n    time.sleep(600)\n", tmp_path)

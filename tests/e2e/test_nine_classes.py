@@ -36,6 +36,7 @@ def relook(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     return call
 
 
+@pytest.mark.long
 def test_import_train_evaluate_with_no_code(relook: Any, folder: Path, tmp_path: Path) -> None:
     with (folder / "register.csv").open(encoding="utf-8") as file:
         given = {row["file"]: row for row in csv.DictReader(file)}

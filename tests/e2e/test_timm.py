@@ -19,6 +19,7 @@ NETWORK = "timm/test_resnet"
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_a_network_of_timm_goes_through_every_verb(home: Path, folder: Path, tmp_path: Path) -> None:
     weights = tmp_path / "own.pt"
     torch.save(timm.create_model("test_resnet").state_dict(), weights)

@@ -160,6 +160,7 @@ def test_damaged_blobs_hold_up_no_other_item(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_documents_that_are_refused_hold_up_no_other_item(
     store: Store, server: ServerInfo, settings: LabelingSettings, add_items: AddItems, add_item: Any
 ) -> None:
@@ -202,6 +203,7 @@ def test_documents_that_are_refused_hold_up_no_other_item(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_annotations_that_cannot_be_read_hold_up_no_other(
     store: Store, server: ServerInfo, settings: LabelingSettings, add_items: AddItems
 ) -> None:

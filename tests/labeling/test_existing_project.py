@@ -156,6 +156,7 @@ def test_images_and_annotations_come_in_with_their_annotators(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_import_again_adds_what_is_new_and_repeats_nothing(
     store: Store, client: LabelStudioClient, readers: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def labelled_project(client: LabelStudioClient, per_class: int = 20) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
 def test_a_labelled_project_becomes_a_model_that_is_retrained_on_new_labels(
     server: ServerInfo,

@@ -177,6 +177,7 @@ def test_a_page_that_cannot_ask_for_every_class_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_link_that_breaks_is_said_and_loses_nothing(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:

@@ -71,6 +71,7 @@ def test_up_finds_what_runs(server: ServerInfo, home: Home, settings: LabelingSe
     assert local.status() == server
 
 
+@pytest.mark.long
 def test_a_killed_server_is_started_again_with_its_account_and_down_stops_it(own: LocalLabelStudio) -> None:
     first = own.up()
     os.kill(first.pid, signal.SIGKILL)

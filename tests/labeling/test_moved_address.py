@@ -72,6 +72,7 @@ def test_the_same_label_studio_at_another_address_is_followed(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_open_items_at_an_old_address_are_refused_and_sent_again_on_request(
     store: Store, server: ServerInfo, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:

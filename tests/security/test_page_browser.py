@@ -147,7 +147,12 @@ EXAMPLES = "relook-page-*/examples/*.jpg"
 
 
 @pytest.fixture(
-    scope="module", params=["without keys", "with keys", pytest.param(BEHIND_SERVE, marks=pytest.mark.soak)]
+    scope="module",
+    params=[
+        pytest.param("without keys", marks=pytest.mark.long),
+        "with keys",
+        pytest.param(BEHIND_SERVE, marks=pytest.mark.soak),
+    ],
 )
 def exposed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tools: Any, make_image: Any
@@ -216,7 +221,7 @@ def sign_in(page: "Page", key: str) -> None:
 @pytest.mark.parametrize(
     ("exposed", "host"),
     [
-        ("without keys", "127.0.0.1"),
+        pytest.param("without keys", "127.0.0.1", marks=pytest.mark.long),
         ("with keys", "localhost"),
         *(
             pytest.param(*case, marks=pytest.mark.soak)

@@ -87,6 +87,9 @@ daemons.end_process(7)
 """
 
 
+OTHER_ENDINGS = (("gcs_server", signal.SIGKILL), ("raylet", signal.SIGTERM))
+
+
 class Started:
     """A command in a process group of its own, with all that it started."""
 
@@ -184,11 +187,10 @@ def test_a_node_that_starts_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
     assert services.get_node is get_node
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number"),
-    # That a daemon ended is told by the search below, too.
-    [("gcs_server", signal.SIGKILL), ("raylet", signal.SIGTERM)],
+    [("raylet", signal.SIGKILL), *(pytest.param(*case, marks=pytest.mark.soak) for case in OTHER_ENDINGS)],
 )
 def test_a_command_whose_daemon_is_gone_ends_with_a_sentence(name: str, number: int, tmp_path: Path) -> None:
     with started([sys.executable, "-c", WAITING, str(tmp_path / "home")], tmp_path) as running:
@@ -200,6 +202,7 @@ def test_a_command_whose_daemon_is_gone_ends_with_a_sentence(name: str, number: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_service_ends_normally_when_its_group_is_stopped(tmp_path: Path, tools: Any) -> None:
     store = open_store(RecordsSettings(home=tmp_path / "home"))
     tools.serve_bundle(store, tools.make_bundle(store), ModelStatus.PROVISIONAL)
@@ -213,6 +216,7 @@ def test_the_service_ends_normally_when_its_group_is_stopped(tmp_path: Path, too
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_search_without_its_raylet_ends_and_names_resume(tmp_path: Path, images_folder: Path) -> None:
     sets = ["trainers.model.side_px=32", "trainers.epochs=500", "tuning.trial_epochs=500", "tuning.grace_epochs=500"]
     tune = [*RELOOK, "tune", "--data", str(images_folder), "--trials", "50"]

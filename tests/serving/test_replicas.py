@@ -22,7 +22,7 @@ from serving.access.keys import admin_token
 from serving.client import Client
 from serving.settings import ServingSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 PER_MINUTE = 60
 
 

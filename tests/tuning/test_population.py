@@ -139,6 +139,7 @@ def evolved(ray_session, labelled, trainers, population, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_strengths_and_learning_rate_change_while_members_train(evolved):
     run_dir, result, _ = evolved
     generations = read_past(run_dir).generations
@@ -158,6 +159,7 @@ def test_strengths_and_learning_rate_change_while_members_train(evolved):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_a_population_found_can_be_trained_again_without_it(evolved, labelled, trainers, population):
     """The command of a member that went on with other members' weights trains to its very scores at one go."""
     (run_dir, result, _), (store, dataset) = evolved, labelled
@@ -206,6 +208,7 @@ def test_generations_that_never_end_are_refused(labelled, trainers, population, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_members_begin_with_policies_that_have_strengths(evolved):
     _, result, _ = evolved
     first = [event.trial for event in evolved[2] if event.kind == "started"][:4]
