@@ -31,6 +31,7 @@ def check(found: dict[str, Any], names: set[str]) -> None:
     assert served["share_of_raw"] == pytest.approx(served["images_s"] / served["raw_images_s"], abs=0.01)
 
 
+@pytest.mark.long
 def test_the_smallest_network_is_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.gpu.measures.SHORT", SHORT[:1])
     check(GpuBench("cpu", True, 9999.0, tmp_path).run(), {"custom_cnn_32"})

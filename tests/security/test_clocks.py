@@ -64,7 +64,7 @@ def set_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetClock:
     return step
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.long)])
 def database(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> str:
     """The URL of an empty database of each kind."""
     return new_database() if request.param == "postgresql" else f"sqlite:///{tmp_path}/ledger.db"

@@ -274,6 +274,7 @@ class Unreadable:
 
 @OF_RAY
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_error_of_a_training_worker_is_told_in_its_own_sentence(
     ray_session: Any, filled_store: Store, tmp_path: Path
 ) -> None:

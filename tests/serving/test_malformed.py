@@ -58,13 +58,16 @@ def send(http: httpx.Client, number: int) -> httpx.Response:
 # ---------------------------------------------------------------- the contract
 
 
-def test_what_schemathesis_tries_fits_the_published_contract(abused: Any) -> None:
+@pytest.mark.parametrize(
+    "phases", ["fuzzing", pytest.param("examples,coverage,fuzzing,stateful", marks=pytest.mark.long)]
+)
+def test_what_schemathesis_tries_fits_the_published_contract(abused: Any, phases: str) -> None:
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         "--config-file", str(Path(__file__).with_name("schemathesis.toml")),
         "run", f"{abused.url}/openapi.json", "--header", f"Authorization: Bearer {admin_token(abused.store.home)}",
-        "--seed", "1", "--max-examples", "1", "--no-color", "--continue-on-failure", "--workers", "1",
-        "--suppress-health-check", "all", "--generation-database", "none",
+        "--phases", phases, "--seed", "1", "--max-examples", "1", "--no-color", "--continue-on-failure",
+        "--workers", "1", "--suppress-health-check", "all", "--generation-database", "none",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=abused.store.home.root)
     assert done.returncode == 0, done.stdout[-6000:]

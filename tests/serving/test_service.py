@@ -136,8 +136,10 @@ def upload_and_ask(page: "Page", file: Path) -> None:
 
 
 @pytest.mark.browser
-# The wide page is also opened in the tests without Ray.
-@pytest.mark.parametrize("width_px", [pytest.param(1280, marks=pytest.mark.soak), 390])
+# The wide page is also opened in the tests without Ray, and by the next test.
+@pytest.mark.parametrize(
+    "width_px", [pytest.param(1280, marks=pytest.mark.soak), pytest.param(390, marks=pytest.mark.long)]
+)
 def test_a_person_uploads_reads_and_objects(
     browser: "Browser", url: str, served_store: Store, make_image: Callable[..., bytes], tmp_path: Path, width_px: int
 ) -> None:

@@ -103,6 +103,7 @@ def test_an_onnx_graph_equals_torch_in_any_batch(name, exported):
     assert run(pixels[:0])["maps"].shape == (0, *expected["maps"].shape[1:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["custom_cnn", pytest.param("mobilenet_v3", marks=pytest.mark.soak)])
 def test_an_openvino_graph_equals_torch(name, exported):
     bundle, done = exported(name, "openvino")
