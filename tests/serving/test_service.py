@@ -258,7 +258,7 @@ def test_a_swap_under_traffic_fails_no_request_and_every_prediction_is_stored_on
 def test_a_killed_ingress_comes_back_on_its_port_and_loses_no_prediction(
     url: str, served_store: Store, make_image: Callable[..., bytes]
 ) -> None:
-    with Client(url, retry_s=60) as client:
+    with Client(url, retry_s=600) as client:
         before = client.predict(make_image(3), idempotency_key="before-the-kill")
         os.kill(ingress_process(url).pid, signal.SIGKILL)
         after = client.predict(make_image(3), idempotency_key="before-the-kill")

@@ -142,6 +142,7 @@ def test_the_report_of_300_classes_says_what_it_leaves_out(report: str, many) ->
 def test_the_report_of_300_classes_fits_a_screen(report: str, browser, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(report)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(600_000)
     page.goto((tmp_path / "report.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert page.evaluate("document.documentElement.scrollHeight") < 9000
