@@ -64,7 +64,7 @@ def set_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetClock:
     return step
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.long)])
+@pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> str:
     """The URL of an empty database of each kind."""
     return new_database() if request.param == "postgresql" else f"sqlite:///{tmp_path}/ledger.db"
@@ -327,6 +327,7 @@ while True:
 """
 
 
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.long)], indirect=True)
 def test_two_services_whose_clocks_differ_tell_every_event_once_and_in_order(database: str, tmp_path: Path) -> None:
     """One gathers 31 s ahead, one 60 s behind; a reader that follows misses none and sees none twice."""
     home = tmp_path / "shared"

@@ -50,7 +50,7 @@ CULPRITS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def store(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -148,6 +148,7 @@ def test_a_job_that_fails_in_the_network_in_drawing_or_in_writing_fails_alone(
     assert all(result.heat_map for result in found if isinstance(result, StoredPrediction))
 
 
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("postgresql", marks=pytest.mark.long)], indirect=True)
 def test_requests_over_http_are_all_answered_while_culprits_come_in(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
