@@ -14,6 +14,7 @@ from tests.service import make_bundle, serve_bundle
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_replicas_follow_the_load_and_no_request_fails(ray_session: Any, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         # Ray Serve's own declarations are not clean under the newest pydantic.

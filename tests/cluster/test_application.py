@@ -89,6 +89,7 @@ def test_what_is_wrong_in_the_file_is_said_by_name(store: Store, serving: dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_application_starts_from_the_file_and_predicts_through_serves_proxy(
     ray_session: Any, tmp_path: Path
 ) -> None:

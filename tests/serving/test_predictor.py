@@ -114,6 +114,7 @@ def test_forward_passes_together_have_no_more_threads_than_there_are_cores(
     assert max(threads for _, threads in begun) == 2
 
 
+@pytest.mark.long
 @pytest.mark.engines
 def test_openvino_decides_like_torch_and_every_prediction_says_its_engine(
     store: Store, tools: Any, make_image: Callable[..., bytes]

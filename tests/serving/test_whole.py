@@ -121,6 +121,7 @@ def test_batch_python_and_graph_give_the_same(
     assert explained.heat_map.shape == explained.overlay().shape[:2] == (384, 512)
 
 
+@pytest.mark.long
 @pytest.mark.engines
 def test_the_graph_says_how_its_squares_are_made(
     served: tuple[Bundle, RunningService], wanted: dict[str, float], tmp_path: Path
