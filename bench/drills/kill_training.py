@@ -4,7 +4,7 @@ The model ids must be equal, that is weights, calibration and metrics bit for bi
 and all figures of the epochs that no clock decides. Of two workers under Ray Train, a worker and the whole command are
 killed alternately; a command that goes on has another number of feeder processes. Every kill waits for some new
 checkpoints and a random moment more; a run that finishes before its last kill fails. With `--first-epoch` every run
-is killed at one named moment of its first epoch, or while the model is calibrated; the last run is killed at all of
+is killed at one named moment of its first epoch, or while the model is calibrated; the first run is killed at all of
 them. Prints one JSON line per run; the exit code is 1 if one differs.
 
     .venv/bin/python -m bench.drills.kill_training --kills 10 --rounds 3
@@ -93,11 +93,10 @@ def parts(workers: int, kills: int, seed: int) -> list[str]:
 
 def first_epoch_cases(workers: int) -> Iterator[list[tuple[str, str]]]:
     """Yield moments of runs and what is killed there; there is no worker any more when a model is calibrated."""
-    for part in ("command", "worker")[:workers]:
-        own = [moment for moment in MOMENTS if part == "command" or moment != "calibration"]
-        yield from ([(moment, part)] for moment in own)
-    yield list(zip(MOMENTS, ("command", "worker", "command", "worker", "command") if workers == 2 else
-                   ["command"] * len(MOMENTS), strict=True))  # fmt: skip
+    several = ("command", "worker", "command", "worker", "command") if workers == 2 else ("command",) * len(MOMENTS)
+    yield list(zip(MOMENTS, several, strict=True))
+    for part in ("worker", "command")[2 - workers :]:
+        yield from ([(moment, part)] for moment in MOMENTS if (moment, part) != ("calibration", "worker"))
 
 
 def environ(home: Path) -> dict[str, str]:
