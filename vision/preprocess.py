@@ -4,8 +4,11 @@ In: uint8 [N, S, S, 3]. Out: float32 [N, 3, S, S] in channels-last memory, scale
 cropping are in `images.decode`.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from records.arrays import UInt8Array
@@ -28,8 +31,8 @@ def check_pixels(pixels: UInt8Array, side_px: int) -> None:
         )
 
 
-def to_tensor(pixels: UInt8Array) -> Tensor:
-    """Return pixels as a tensor; a read-only array (a memory map) is copied, others share memory."""
+def to_tensor(pixels: NDArray[Any]) -> Tensor:
+    """Return pixels, or other rows, as a tensor; a read-only array (a memory map) is copied, others share memory."""
     return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 

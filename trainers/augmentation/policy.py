@@ -88,6 +88,12 @@ class Policy(BaseModel):
         begun = [phase for phase in self.phases if phase.from_epoch <= epoch]
         return begun[-1].operations if begun else self.operations
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether images are shown as they are, in every epoch."""
+        later = any(phase.operations for phase in self.phases)
+        return not (self.operations or later or self.mixing)
+
     def shortened(self, factor: float) -> "Policy":
         """Return the policy for a training shortened by a factor; of phases that would coincide the last one stays."""
         phases = {scaled_start(phase.from_epoch, factor): phase.operations for phase in self.phases}

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from records.arrays import IntArray, UInt8Array
 from trainers.augmentation import Augmenter
@@ -26,14 +27,14 @@ from vision.seeding import Seeds, image_keys, image_seeds
 
 
 class PixelSource(Protocol):
-    """Decoded images by position; `images.cache.PixelRows` is one."""
+    """Decoded images by position, as `images.cache.PixelRows`; where features are trained on, these in their place."""
 
     def __len__(self) -> int:
         """Return N."""
         ...
 
-    def take(self, indices: Any) -> UInt8Array:
-        """Return a writable copy of rows, [n, S, S, 3]."""
+    def take(self, indices: Any) -> NDArray[Any]:
+        """Return a writable copy of rows, uint8 [n, S, S, 3]; of features float32 [n, ...]."""
         ...
 
 
@@ -49,7 +50,7 @@ class Batch:
     """One worker's share of one optimizer step.
 
     Args:
-        pixels: [n, S, S, 3], augmented.
+        pixels: [n, S, S, 3], augmented; or features, [n, ...].
         labels: [n] class indices.
         rows: [n] positions in the training data.
         partner_labels: [n] class indices of what was mixed in; None if nothing was.
@@ -58,7 +59,7 @@ class Batch:
         weight: of the share's mean loss in the mean over the workers; 1 where all shares are equal.
     """
 
-    pixels: UInt8Array
+    pixels: NDArray[Any]
     labels: IntArray
     rows: IntArray
     partner_labels: IntArray | None = None

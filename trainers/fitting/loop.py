@@ -10,8 +10,8 @@ evaluate or write bundles.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from trainers.augmentation.operations import Canvas
 from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_same_run
 from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep, best_epoch_of
 from trainers.fitting.feeding import Feeder
+from trainers.fitting.frozen import without_frozen
 from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
 from trainers.fitting.steps import LossWatch, Stepper, find_batch_size, validate
@@ -43,6 +44,7 @@ from trainers.fitting.workers import (
     compute_threads,
     feeders_of,
     mean_over,
+    own_random_state,
     threads_of,
 )
 from trainers.optimization.distillation import build_distillation
@@ -154,7 +156,7 @@ def train(
     if initial_weights is None:
         start = starting_weights(settings.model, len(taxonomy.codes), settings.seed)
         initial_weights = start.values if start is not None else None
-    with compute_threads(threads_of(settings.workers)), _own_random_state(group):
+    with compute_threads(threads_of(settings.workers)), own_random_state(group.device):
         images = None
         if images_dir is not None and group.rank == 0:
             images = EpochImages(images_dir, settings, data, policy, len(taxonomy.codes))
@@ -204,12 +206,16 @@ class _Run:
         known = (found.mean, found.std) if found else settings.model.own_pixels
         mean, std = known or pixel_statistics(data.pixels, data.train_index)
         self._geometry = geometry_of(settings.model, mean, std)
-        self._feeder = self._build_feeder(Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean))))
         self._statistics_rows = _statistics_rows(data, group)
         # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
         # is built after it, because its state has to refer to the sharded parameters.
         self._network = self._build_network(initial_weights, found)
-        wrapped = group.wrap(self._network)
+        self._precision = resolve_precision(settings.precision, str(group.device))
+        trained, self._data, self._scaled_by = without_frozen(
+            self._network, data, self._geometry, policy, self._precision, group
+        )
+        wrapped = group.wrap(trained)
+        self._feeder = self._build_feeder(Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean))))
         self._optimizer = build_optimizer(self._network, settings.optimizer)
         self._scheduler = build_scheduler(
             self._optimizer,
@@ -424,7 +430,7 @@ class _Run:
             data.train_index,
             augmenter,
             self._settings,
-            feeders=feeders_of(self._settings.workers, group.device),
+            feeders=0 if self._scaled_by is None else feeders_of(self._settings.workers, group.device),
             device=group.device,
             stream=data.stream,
             rank=group.rank,
@@ -438,8 +444,8 @@ class _Run:
             self._optimizer,
             self._scheduler if SCHEDULERS[settings.scheduler.name].moves == "step" else None,
             build_loss(settings.loss, data.labels[data.train_index], self._taxonomy, sampler=settings.sampler),
-            self._geometry,
-            resolve_precision(settings.precision, str(self._group.device)),
+            self._scaled_by,
+            self._precision,
             self._group.device,
             settings.optimizer,
             halves=self._group.world_size == 1,
@@ -490,11 +496,3 @@ def _copy_to_cpu(network: nn.Module) -> Weights:
 def _to_bytes(mean: tuple[float, float, float]) -> tuple[float, float, float]:
     red, green, blue = (round(255.0 * channel) for channel in mean)
     return (float(red), float(green), float(blue))
-
-
-@contextmanager
-def _own_random_state(group: WorkerGroup) -> Iterator[None]:
-    """Restore torch's global generator after the run, so that a caller's own random numbers do not depend on it."""
-    devices = [group.device] if group.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -7,17 +7,18 @@ validation images over a `WorkerGroup` and gathers the logits.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from records.arrays import Float32Array, IntArray, UInt8Array
+from records.arrays import Float32Array, IntArray
 from records.bundles import Geometry
 from records.errors import DivergedError
 from records.taxonomy import Taxonomy
@@ -75,7 +76,7 @@ class Stepper:
         optimizer: over its parameters.
         scheduler: moved after every step; None if it moves by epoch.
         loss: logits [N, C] and labels [N] -> mean.
-        geometry: how images become input.
+        geometry: how images become input; None if they are input as they are.
         precision: of the forward pass.
         device: where it computes.
         settings: accumulation, clipping and L1 are read from it.
@@ -90,7 +91,7 @@ class Stepper:
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
         loss: "LossFunction",
-        geometry: Geometry,
+        geometry: Geometry | None,
         precision: Precision,
         device: torch.device,
         settings: OptimizerSettings,
@@ -238,8 +239,10 @@ class Stepper:
         # Not waited for: a copy that blocks waits for all that the GPU has to do before it.
         return torch.from_numpy(labels).to(self._device, non_blocking=True)
 
-    def _logits(self, pixels: UInt8Array) -> Tensor:
-        inputs = scale_pixels(to_tensor(pixels).to(self._device, non_blocking=True), self._geometry)
+    def _logits(self, rows: NDArray[Any]) -> Tensor:
+        inputs = to_tensor(rows).to(self._device, non_blocking=True)
+        if self._geometry is not None:
+            inputs = scale_pixels(inputs, self._geometry)
         with autocast(self._precision, str(self._device)):
             logits: Tensor = self._network(inputs)
         return logits.float()

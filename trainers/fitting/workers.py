@@ -152,6 +152,13 @@ def compute_threads(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Restore torch's global generators after the block, so that a caller's random numbers do not depend on it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 def mean_over(group: WorkerGroup, value: float) -> float:
     """Return the mean of a number over the group."""
     return float(np.mean(np.concatenate(group.gather(np.array([value], dtype=np.float64)))))
