@@ -49,6 +49,20 @@ class FeatureRows:
         return rows
 
 
+def front_and_rest(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Cut a network behind its features and the pooling that its head begins with; both parts share its weights."""
+    features, head = network.get_submodule("features"), network.get_submodule("head")
+    layers = list(head.named_children()) if type(head) is nn.Sequential else [("head", head)]
+    first = takewhile(_is_pooling, layers)
+    return nn.Sequential(features, *(layer for _, layer in first)), nn.Sequential(
+        OrderedDict(dropwhile(_is_pooling, layers))
+    )
+
+
+def _is_pooling(layer: tuple[str, nn.Module]) -> bool:
+    return isinstance(layer[1], POOLING)
+
+
 def without_frozen(
     network: nn.Module, data: TrainingData, geometry: Geometry, policy: Policy, precision: Precision, group: WorkerGroup
 ) -> tuple[nn.Module, TrainingData, Geometry | None]:
@@ -67,14 +81,11 @@ def without_frozen(
     Raises:
         UnavailableError: the features cannot be written, for example because the disk is full.
     """
-    features, head = network.get_submodule("features"), network.get_submodule("head")
-    is_frozen = not any(parameter.requires_grad for parameter in features.parameters())
+    is_frozen = not any(parameter.requires_grad for parameter in network.get_submodule("features").parameters())
     if not (is_frozen and policy.changes_nothing and data.stream is None and group.world_size == 1):
         return network, data, geometry
-    layers = list(head.named_children()) if type(head) is nn.Sequential else [("head", head)]
-    first = takewhile(_is_pooling, layers)
-    front = nn.Sequential(features, *(layer for _, layer in first)).eval()
-    left = nn.Sequential(OrderedDict(dropwhile(_is_pooling, layers)))
+    front, left = front_and_rest(network)
+    front.eval()
 
     def compute(at_once: int, rows: range) -> Float32Array:
         parts = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
@@ -96,7 +107,3 @@ def without_frozen(
         # The map outlives the file, which has no name: the disk is free again when the run ends, however it does.
         mapped = np.memmap(file, dtype=np.float32, mode="r", shape=(len(data.pixels), *shape))
     return left, replace(data, pixels=FeatureRows(mapped.view(np.ndarray))), None
-
-
-def _is_pooling(layer: tuple[str, nn.Module]) -> bool:
-    return isinstance(layer[1], POOLING)
