@@ -89,11 +89,11 @@ class Judge:
 
     def _figures(self, probabilities: FloatArray) -> FloatArray:
         shares = np.bincount(self.labels, minlength=self.num_classes) / len(self.labels)
-        counts = resampled_counts(
-            self.labels, (probabilities / shares).argmax(axis=1), self.group_index, self.weights, self.num_classes
-        )
+        even = np.divide(probabilities, shares, out=np.zeros_like(probabilities), where=shares > 0)
+        counts = resampled_counts(self.labels, even.argmax(axis=1), self.group_index, self.weights, self.num_classes)
         by_image = self.weights[:, self.group_index]
-        aucs = [weighted_auc(probabilities[:, at], self.labels == at, by_image) for at in range(self.num_classes)]
+        there = np.flatnonzero(shares > 0)
+        aucs = [weighted_auc(probabilities[:, at], self.labels == at, by_image) for at in there]
         lesions = gather_lesions(self.image_ids, self.lesion_ids, self.labels, probabilities)
         found = self._sensitivity(lesions)
         return np.stack([balanced_accuracy(counts), np.mean(aucs, axis=0), found])

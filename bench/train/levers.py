@@ -1,11 +1,12 @@
 """What views and context are worth to one trained model, and its figures over val and test together.
 
 .venv/bin/python -m bench.train.levers MODEL --keep FOLDER [--test]
+.venv/bin/python -m bench.train.levers MODEL --keep FOLDER --seeds MODEL ... --against MODEL MODEL ...
 
 The weights stay as they are. For each row of the first table, temperature, bias and the weight of the context are
 fitted on val anew, as `relook train` does. Val has chosen the epoch, too: its figures are optimistic. With `--test` the
 bundle predicts val and test as it is served, and both are also evaluated together; reading test is audited. What was
-computed is kept in FOLDER.
+computed is kept in FOLDER. The second line compares another recipe with that of the model, seed by seed, on val only.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.train.gains import Judge
 from cluster.sources import load_settings
 from images.cache import PixelCache
 from images.importer import open_dataset
@@ -156,6 +158,15 @@ def as_served(store: Store, bundle: Bundle, split: Split, keep: Path) -> SplitPr
     )
 
 
+def compared(store: Store, bundles: list[Bundle], others: list[Bundle], keep: Path) -> list[dict[str, Any]]:
+    """Return the figures of one recipe on val, and of another one with what it gains, as they are served."""
+    judge = Judge.of(store, open_dataset(store, bundles[0].document.dataset_id))
+    return [
+        judge.row(name, [as_served(store, one, Split.VAL, keep).probabilities for one in part])
+        for name, part in (("base", bundles), ("against", others))
+    ]
+
+
 def joined(parts: list[SplitPredictions]) -> SplitPredictions:
     """Return the predictions of several splits as those of one; no group is in two of them."""
 
@@ -212,10 +223,17 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, required=True, help="folder for what was computed")
     parser.add_argument("--test", action="store_true", help="also val and test together, as served")
     parser.add_argument("--frozen", type=Path, help="features.npz: also a linear head on these, on the same images")
+    parser.add_argument("--seeds", nargs="+", default=[], help="the same recipe with other seeds")
+    parser.add_argument("--against", nargs="+", default=[], help="another recipe with the same seeds: compare, no more")
     options = parser.parse_args()
     options.keep.mkdir(parents=True, exist_ok=True)
     with closing(open_store(load_settings(environ=os.environ).records)) as store:
         bundle = find_bundle(store, options.model)
+        if options.against:
+            bundles, others = ([find_bundle(store, one) for one in part] for part in (options.seeds, options.against))
+            for row in compared(store, [bundle, *bundles], others, options.keep):
+                print(row)
+            return
         document = bundle.document
         val = as_served(store, bundle, Split.VAL, options.keep)
         logits = view_logits(bundle, store, val.image_ids, options.keep / f"{bundle.id[:12]}_views.npy")

@@ -6,6 +6,7 @@ later fit can find old ones, and nothing of an image is left to erase.
 """
 
 from collections import OrderedDict
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import dropwhile, takewhile
@@ -96,14 +97,17 @@ def without_frozen(
         return torch.cat(found).float().contiguous().cpu().numpy()
 
     folder = group.kept_in or Path(gettempdir())
-    with explained(folder / "features"), TemporaryFile(dir=folder) as file:
-        shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    with ExitStack() as stack:
+        with explained(folder / "features"):
+            file = stack.enter_context(TemporaryFile(dir=folder))
         for start in range(0, len(data.pixels), AT_ONCE):
             rows = range(start, min(start + AT_ONCE, len(data.pixels)))
             values, _ = first_that_fits(partial(compute, rows=rows), halvings(AT_ONCE))
-            file.write(values.data)
+            with explained(folder / "features"):
+                file.write(values.data)
+                file.flush()
             shape = values.shape[1:]
-        file.flush()
         # The map outlives the file, which has no name: the disk is free again when the run ends, however it does.
         mapped = np.memmap(file, dtype=np.float32, mode="r", shape=(len(data.pixels), *shape))
     return left, replace(data, pixels=FeatureRows(mapped.view(np.ndarray))), None
