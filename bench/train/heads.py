@@ -25,13 +25,14 @@ from cluster.presets import PRESETS
 from cluster.sources import load_settings
 from images.importer import open_dataset
 from records.arrays import Float32Array, FloatArray
-from records.context import ContextHead, context_of_image
+from records.context import ContextHead, Known, context_of_image
 from records.datasets import DatasetVersion
 from records.store import Store, find_images, open_store
 from records.types import Split
 from trainers.fitting import loop
 from trainers.fitting.context import calibrated, fitted_context, probabilities_of
-from trainers.fitting.frozen import FeatureRows, front_and_rest, without_frozen
+from trainers.fitting.feeding import PixelSource
+from trainers.fitting.frozen import front_and_rest, without_frozen
 from trainers.fitting.training_data import plan_data
 from trainers.settings import TrainersSettings
 from vision.preprocess import scale_pixels, to_tensor
@@ -60,7 +61,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 class Features:
     """Features of one network and crop, computed by the first training; stands in for `without_frozen`."""
 
-    rows: FeatureRows | None = None
+    rows: PixelSource | None = None
     seconds: float = field(default=0.0)
 
     def __call__(self, network: Any, data: Any, *given: Any) -> Any:
@@ -109,7 +110,9 @@ class Heads:
     def probabilities(self, logits: Float32Array, context: ContextHead | None = None) -> FloatArray:
         """Return calibrated probabilities of val over the class shares of val, [m, C], which sum to 1."""
         rows = self.dataset.split(Split.VAL)
-        known = [context_of_image(one) for one in find_images(self.store, [str(one) for one in rows["image_id"]])]
+        known: list[Known] = [
+            context_of_image(one) for one in find_images(self.store, [str(one) for one in rows["image_id"]])
+        ]
         labels = np.array([self.store.taxonomy.index_of(str(label)) for label in rows["label"]])
         values = logits.astype(np.float64)
         calibration, head = calibrated(values, labels, self.store.taxonomy, context, known)
