@@ -25,9 +25,10 @@ RUN: dict[str, Any] = runpy.run_path(str(SCRIPT))
 Weights = dict[str, np.ndarray]
 
 
-# What sharding adds for batch norm, dropout and a deep network; the other cases run in the suite.
-LONG = ("norms-ddp", "norms-fsdp", "resnet-ddp", "resnet-fsdp")
-IN_SUITE = tuple(case for case in RUN["CASES"] if case not in LONG[1:])
+SHORT = ("plain-ddp", "plain-fsdp", "everything-fsdp")
+LONG = ("everything-ddp", "uneven-elastic", "norms-ddp")
+# What sharding adds for batch norm, dropout and a deep network.
+SOAK = ("norms-ddp", "norms-fsdp", "resnet-ddp", "resnet-fsdp")
 
 
 def join(folder: Path, cases: tuple[str, ...]) -> Path:
@@ -48,14 +49,20 @@ def join(folder: Path, cases: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of the cases of the suite."""
-    return join(tmp_path_factory.mktemp("joined"), IN_SUITE)
+    """Results of the short cases."""
+    return join(tmp_path_factory.mktemp("joined"), SHORT)
 
 
 @pytest.fixture(scope="module")
 def together_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of the long cases."""
     return join(tmp_path_factory.mktemp("long"), LONG)
+
+
+@pytest.fixture(scope="module")
+def together_soak(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the cases of the soak."""
+    return join(tmp_path_factory.mktemp("soak"), SOAK)
 
 
 def results(folder: Path, case: str) -> tuple[Weights, list[float], float]:
@@ -75,9 +82,19 @@ def alone(case: str, run_dir: Path | None = None) -> Any:
     )
 
 
-@pytest.mark.parametrize("case", ["plain-ddp", "plain-fsdp", "everything-ddp", "everything-fsdp", "uneven-elastic"])
+@pytest.mark.parametrize("case", SHORT)
 def test_two_workers_are_one_without_batch_norm_and_dropout(together: Path, case: str) -> None:
-    weights, scores, loss = results(together, case)
+    equal_to_one(together, case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["everything-ddp", "uneven-elastic"])
+def test_two_workers_are_one_with_every_option_and_uneven_batches(together_long: Path, case: str) -> None:
+    equal_to_one(together_long, case)
+
+
+def equal_to_one(folder: Path, case: str) -> None:
+    weights, scores, loss = results(folder, case)
     one = alone(case)
     assert largest_difference(weights, one.weights()) < 1e-4
     assert loss == pytest.approx(one.reports[-1].train_loss, abs=1e-4)
@@ -91,8 +108,9 @@ def alike_in_score(folder: Path, strategy: str) -> None:
     assert max(scores) == pytest.approx(one.best.val_balanced_accuracy, abs=0.01)
 
 
-def test_batch_norm_and_dropout_move_the_evaluation_by_less_than_a_point(together: Path) -> None:
-    alike_in_score(together, "ddp")
+@pytest.mark.long
+def test_batch_norm_and_dropout_move_the_evaluation_by_less_than_a_point(together_long: Path) -> None:
+    alike_in_score(together_long, "ddp")
 
 
 def test_sharding_changes_nothing_that_two_workers_compute(together: Path) -> None:
@@ -104,9 +122,9 @@ def sharding_moves(folder: Path, case: str) -> float:
 
 
 @pytest.mark.soak
-def test_batch_norm_dropout_and_a_deep_network_are_sharded_alike(together_long: Path) -> None:
-    alike_in_score(together_long, "fsdp")
-    assert {case: sharding_moves(together_long, case) < 1e-4 for case in ("norms", "resnet")} == {
+def test_batch_norm_dropout_and_a_deep_network_are_sharded_alike(together_soak: Path) -> None:
+    alike_in_score(together_soak, "fsdp")
+    assert {case: sharding_moves(together_soak, case) < 1e-4 for case in ("norms", "resnet")} == {
         "norms": True, "resnet": True
     }  # fmt: skip
 

@@ -112,7 +112,9 @@ def test_an_openvino_graph_equals_torch(name, exported):
     assert max(compare(found, torchs(bundle, pixels)).values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "onnx" else pytest.mark.long) for kind in FORMATS]
+)
 def test_the_example_runs_with_one_package_and_proves_the_golden_outputs(kind, exported):
     bundle, done = exported("custom_cnn", kind)
     source = (done.folder / "example.py").read_text()
