@@ -300,7 +300,9 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
     worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if worker and session.config.args == session.config.getini("testpaths"):
         folders = sorted(str(path.parent.relative_to(_ROOT)) for path in Path(_ROOT).glob("tests/*/test_*.py"))
-        first = folders[int(worker.removeprefix("gw")) * len(folders) // count]
+        # A process that replaces one that crashed has a number beyond the count.
+        number = int(worker.removeprefix("gw")) % count
+        first = folders[number * len(folders) // count]
         folders = list(dict.fromkeys(folders))
         start = folders.index(first)
         session.config.args = [*folders[start:], *folders[:start], "tests"]
