@@ -167,6 +167,7 @@ def test_every_tab_from_upload_to_annotation(
     page.context.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.browser
 def test_a_dicom_file_is_chosen_shown_and_predicted(browser: "Browser", url: str, tmp_path: Path) -> None:

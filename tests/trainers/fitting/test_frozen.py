@@ -66,7 +66,9 @@ def every_step_anew(network: Any, data: Any, geometry: Any, *_: Any) -> Any:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "name", [name if name == "resnet18" else pytest.param(name, marks=pytest.mark.long) for name in HEADS]
+)
 def test_the_weights_are_those_of_a_training_on_pixels(
     name: str, precision: str, head_only: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy,
     monkeypatch: pytest.MonkeyPatch,
