@@ -82,7 +82,6 @@ def alone(case: str, run_dir: Path | None = None) -> Any:
     )
 
 
-@pytest.mark.long  # test_distributed compares two workers with one, too
 @pytest.mark.parametrize("case", SHORT)
 def test_two_workers_are_one_without_batch_norm_and_dropout(together: Path, case: str) -> None:
     equal_to_one(together, case)
