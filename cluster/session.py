@@ -44,6 +44,7 @@ PROBE_TIMEOUT_S = 3.0
 START_ATTEMPTS = 2
 _OWNER = "owner.pid"
 _TOO_SLOW = "timed out during startup"
+_KILLED_WITHIN_S = 60.0
 # Ray logs the controller's requested shutdown as an error.
 _EXPECTED_AT_THE_END = re.compile(r"Task ServeController\.graceful_shutdown failed")
 NOT_UPLOADED = (".relook", ".venv", "venv", ".git", "**/__pycache__", ".*_cache", "tests", "bench", "docs")
@@ -344,7 +345,8 @@ def _end(processes: list[psutil.Process], timeout_s: float) -> None:
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=timeout_s)
+    # A killed process runs for a moment more, on a busy machine for seconds; Python warns of one not waited for.
+    psutil.wait_procs(alive, timeout=max(timeout_s, _KILLED_WITHIN_S))
 
 
 def _keep_logs(temp_dir: Path, home: Home) -> None:

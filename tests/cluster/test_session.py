@@ -342,3 +342,11 @@ def test_other_threads_leave_the_signals_alone() -> None:
 def test_unavailable_is_no_user_error() -> None:
     assert not issubclass(UnavailableError, ConfigError)
     assert load_settings().cluster.ray_address is None
+
+
+def test_processes_that_are_ended_without_patience_are_gone_when_the_call_returns() -> None:
+    from cluster.session import _end
+
+    started = [subprocess.Popen(["sleep", "600"]) for _ in range(40)]
+    _end([psutil.Process(process.pid) for process in started], timeout_s=0)
+    assert not [process.pid for process in started if process.poll() is None]
