@@ -50,10 +50,10 @@ format: $(INSTALLED)  ## sort imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: setup  ## every mechanism once: real Ray, real Label Studio, a browser where there is one
+test: setup  ## real Ray, real Label Studio, a browser where there is one
 	$(BIN)/pytest $(IN_PROCESSES) -m "not long and not soak"
 
-test-long: setup  ## what `make test` leaves out: further costly tests of the same mechanisms
+test-long: setup  ## the costly tests that `make test` leaves out
 	$(BIN)/pytest $(IN_PROCESSES) -m "long and not soak"
 
 test-fast: $(INSTALLED)  ## what needs no server and no browser

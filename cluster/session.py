@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,8 +346,18 @@ def _end(processes: list[psutil.Process], timeout_s: float) -> None:
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    # A killed process runs for a moment more, on a busy machine for seconds; Python warns of one not waited for.
-    psutil.wait_procs(alive, timeout=max(timeout_s, _KILLED_WITHIN_S))
+    # A killed process runs for a moment more, on a busy machine for seconds, and Python warns if its `Popen` object is
+    # gone before it. The exit code is left to that object; psutil's own waiting would take it.
+    deadline = time.monotonic() + _KILLED_WITHIN_S
+    while any(map(_runs, alive)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _keep_logs(temp_dir: Path, home: Home) -> None:

@@ -32,10 +32,10 @@ BestBy = Literal["balanced_accuracy", "macro_auc", "even_loss", "last"]
 MACHINERY = frozenset({"workers"})
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
 NO_TRACE = frozenset({
-    "checkpoint_every_steps", "contact_timeout_s", "data_source", "feeders", "max_failures", "prefetch_batches",
+    "checkpoint_every_steps", "contact_timeout_s", "feeders", "max_failures", "prefetch_batches",
     "read_loss_every_steps",
 })  # fmt: skip
-"""Fields of `workers` that change no bit of a model; the number of workers and of threads changes how it is rounded."""
+"""Fields of `workers` that change no bit of a model; the others, such as `threads`, change how it is rounded."""
 NO_RECIPE = MACHINERY | {"refit"}
 """Fields that are no part of one training's recipe: a refit is a second training, with a recipe of its own."""
 

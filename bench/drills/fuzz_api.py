@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import psutil
 
+from bench.processes import processes_with
 from bench.serve.malformed import malformed_upload
 from records.settings import RecordsSettings
 from records.store import open_store
@@ -77,7 +78,7 @@ def uploads(url: str, process: psutil.Process, count: int) -> dict[str, Any]:
     """Send malformed uploads; watch responses, processes and memory."""
     statuses: Counter[int] = Counter()
     faults: list[str] = []
-    replicas = _replicas(process)
+    replicas = processes_with("ServeReplica:relook:", below=process)
     early_mb, slowest_s = 0.0, 0.0
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
         for number in range(count):
@@ -103,16 +104,6 @@ def uploads(url: str, process: psutil.Process, count: int) -> dict[str, Any]:
         "memory_growth": None if growth is None else round(growth, 4),
         "holds": not faults and growth is not None and growth <= GROWTH_ALLOWED,
     }
-
-
-def _replicas(process: psutil.Process) -> list[psutil.Process]:
-    """Return the worker processes of the service; psutil tells a reused process id by its start time."""
-    found = []
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if "ServeReplica:relook:" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
 
 
 def _memory_mb(processes: list[psutil.Process]) -> float:

@@ -31,9 +31,11 @@ from typing import Any
 
 import psutil
 
+from bench.processes import processes_with
 from records.errors import IntegrityError
 from records.ids import sha256_hex
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint
+from trainers.fitting.epoch_report import CLOCKS
 
 SETTINGS = (
     "model.name=custom_cnn_base",
@@ -56,8 +58,6 @@ MOST_WAIT_S = 0.5
 """From a checkpoint to the kill."""
 LIMIT_S = 1200.0
 LOOK_EVERY_S = 0.002
-CLOCKS = ("images_per_s", "seconds", "validation_seconds")
-"""What an epoch reports of time."""
 
 MOMENTS: dict[str, tuple[Callable[[Checkpoint | None], bool], float]] = {
     "start": (lambda _: True, MOST_WAIT_S),
@@ -206,12 +206,7 @@ class Run:
         self._kill_now(part)
 
     def _workers(self) -> list[psutil.Process]:
-        found = []
-        for one in psutil.Process(self._process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if any(name in " ".join(one.cmdline()) for name in ("relook_fit", "RayTrainWorker")):
-                    found.append(one)
-        return found
+        return processes_with("relook_fit", "RayTrainWorker", below=psutil.Process(self._process.pid))
 
     def _require_running(self) -> None:
         if self._process.poll() is not None:

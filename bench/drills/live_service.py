@@ -15,6 +15,7 @@ from typing import Self
 
 import psutil
 
+from bench.processes import processes_with
 from records.bundles import Bundle
 from records.errors import RelookError
 from records.models import find_bundle
@@ -44,12 +45,7 @@ class LiveService:
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Return the worker processes of one deployment."""
-        found = []
-        for child in self.process.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if f"ServeReplica:relook:{deployment}" in " ".join(child.cmdline()):
-                    found.append(child)
-        return found
+        return processes_with(f"ServeReplica:relook:{deployment}", below=self.process)
 
     def admin(self) -> Client:
         """Return a client that may do everything."""

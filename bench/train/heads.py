@@ -1,6 +1,6 @@
 """What each lever of training gains for a linear head on frozen features, alone against the base, on val.
 
-.venv/bin/python -m bench.train.heads [--seeds 3] [--levers ema whole ...]
+.venv/bin/python -m bench.train.heads [--seeds 3] [--levers "EMA 0.99" "whole image" ...]
 
 The base is the preset `ham10000_cpu` with its network frozen: EfficientNet-Lite0 from ImageNet at 128 px, images as
 they are, 30 epochs of AdamW, the last one taken. Training is `trainers.fitting.loop.train`; the features of a network

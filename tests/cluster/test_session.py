@@ -14,6 +14,7 @@ import psutil
 import pytest
 import ray
 
+from bench.processes import command_line
 from cluster.daemons import orderly_sigterm
 from cluster.session import (
     MAX_TEMP_DIR_CHARS,
@@ -29,7 +30,6 @@ from cluster.settings import Settings
 from cluster.sources import load_settings
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import open_home
-from tests.processes import command_line
 
 pytestmark = pytest.mark.apart
 
@@ -86,7 +86,7 @@ def test_a_session_listens_on_loopback_only(ray_session: RaySession) -> None:
 
 
 def test_idle_ray_stays_small(ray_session: RaySession) -> None:
-    daemons = [child for child in psutil.Process().children() if "ray" in command_line(child)]
+    daemons = [child for child in psutil.Process().children() if "ray" in " ".join(command_line(child))]
     own = {"gcs_server", "monitor.py", "dashboard.py", "log_monitor.py", "raylet"}
     assert len(daemons) >= len(own)
     total = sum(process.memory_full_info().pss for process in daemons)
@@ -349,4 +349,4 @@ def test_processes_that_are_ended_without_patience_are_gone_when_the_call_return
 
     started = [subprocess.Popen(["sleep", "600"]) for _ in range(40)]
     _end([psutil.Process(process.pid) for process in started], timeout_s=0)
-    assert not [process.pid for process in started if process.poll() is None]
+    assert {process.poll() for process in started} == {-signal.SIGKILL}

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
+from bench.processes import command_line
 from images.decode import decode_frame, decode_image
 from images.decoder_pillow import _MAX_TRANSFORM_BYTES, Wanted, _Transforms, decode_here
 from images.decoder_pool import DecoderPool, decoder_pool
@@ -30,7 +31,6 @@ from records.frames import Frame
 from records.images import MAX_CHUNKS, MAX_SEGMENTS, jpeg_segments, sniff, strip_metadata
 from serving.predictor import MAX_COSTLY
 from tests import hostile_images as made
-from tests.processes import command_line
 
 SMALL = made.PLAIN["jpeg"]()
 PIXELS = made.pattern()
@@ -112,7 +112,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ImagesSett
 
 def _decoders() -> list[psutil.Process]:
     children = psutil.Process().children()
-    return [c for c in children if c.status() == psutil.STATUS_ZOMBIE or "decoder_process" in command_line(c)]
+    return [c for c in children if c.status() == psutil.STATUS_ZOMBIE or "decoder_process" in " ".join(command_line(c))]
 
 
 @pytest.mark.parametrize("name", COSTLY)

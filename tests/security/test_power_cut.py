@@ -141,8 +141,9 @@ def test_the_same_writes_without_waiting_for_the_disk_are_found_missing(tmp_path
 
 @needs_compiler
 @pytest.mark.slow
-def test_predictions_of_the_clinical_preset_survive_cuts(tmp_path: Path) -> None:
-    (found,) = run_drill(tmp_path, 2, 3, ("predict",)).values()
+@pytest.mark.parametrize("moments", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_predictions_of_the_clinical_preset_survive_cuts(tmp_path: Path, moments: int) -> None:
+    (found,) = run_drill(tmp_path, moments, 3, ("predict",)).values()
     assert found["faults"] == []
     assert found["not_logged"] == []
     assert found["acknowledged"] == 40

@@ -20,6 +20,7 @@ import pytest
 import typer.main
 from ray._private import services
 
+from bench.processes import command_line
 from cluster.cli import app
 from cluster.daemons import WATCHED, Ending, daemons_in_own_session, time_for_a_slow_node, watched_daemons
 from cluster.sources import load_settings
@@ -29,7 +30,6 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ModelStatus
 from tests.ports import free_port
-from tests.processes import command_line
 
 pytestmark = pytest.mark.apart
 
@@ -117,7 +117,7 @@ class Started:
 
     def daemon(self, name: str) -> psutil.Process:
         """One of Ray's daemons."""
-        return next(process for process in self.below if name in command_line(process).partition(" ")[0])
+        return next(process for process in self.below if name in "".join(command_line(process)[:1]))
 
     def ends(self) -> int:
         """Return the exit code; nothing is left."""
@@ -241,7 +241,7 @@ def test_a_search_without_its_raylet_ends_and_names_resume(tmp_path: Path, image
 def test_daemons_are_out_of_reach_of_signals_to_the_group(ray_session: Any) -> None:
     """Fails with a Ray that starts them in another way than through the class that is replaced."""
     below = psutil.Process().children(recursive=True)
-    found = [process for process in below if WATCHED_NAMES.search(command_line(process).partition(" ")[0])]
+    found = [process for process in below if WATCHED_NAMES.search("".join(command_line(process)[:1]))]
     assert len(found) == len(WATCHED)
     assert os.getsid(0) not in {os.getsid(process.pid) for process in found}
 

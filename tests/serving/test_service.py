@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from bench.processes import processes_with
 from bench.serve.interleaved import ask_all, differing, draw_calls, stored_once
 from records.errors import ConfigError, UnknownIdError
 from records.settings import RecordsSettings
@@ -22,7 +23,6 @@ from records.types import Decision, Flag, FlagReason, ModelStatus, Prediction, R
 from serving.client import Client
 from serving.schemas import Context, FlagRequest, PredictionResponse
 from serving.settings import ServingSettings
-from tests.processes import below_with
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -266,7 +266,7 @@ def test_a_killed_ingress_comes_back_on_its_port_and_loses_no_prediction(
 
 
 def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, make_image: Callable[..., bytes]) -> None:
-    (page,) = below_with("ServeReplica:relook:page")
+    (page,) = processes_with("ServeReplica:relook:page")
     page.kill()
     with Client(url, retry_s=0.0) as client:
         client.predict(make_image(1))

@@ -15,6 +15,9 @@ from trainers.settings import BestBy
 
 _EPOCH = re.compile(r'\{"epoch":(\d+),.*\}$')
 
+CLOCKS = frozenset({"images_per_s", "seconds", "validation_seconds"})
+"""Fields of a report that tell time, so no two runs have them in common."""
+
 
 class EpochReport(BaseModel):
     """One epoch, as it is shown, written to `metrics.jsonl` and judged by a search."""

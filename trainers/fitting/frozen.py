@@ -1,8 +1,8 @@
 """Training on features: where nothing before the head ever changes, features are computed once per fit.
 
 That is so if every weight of `features` is frozen and the policy shows images as they are; then an image has the same
-features in every epoch. They lie in a file without a name beside the checkpoint, which is gone with the process: no
-later fit can find old ones, and nothing of an image is left to erase.
+features in every epoch. They lie in a file without a name in the folder of the checkpoint, and go when the process
+ends: no later fit can find old ones, and nothing of an image is left to erase.
 """
 
 from collections import OrderedDict
@@ -98,12 +98,13 @@ def without_frozen(
 
     folder = group.kept_in or Path(gettempdir())
     shape: tuple[int, ...] = ()
+    at_once = AT_ONCE
     with ExitStack() as stack:
         with explained(folder / "features"):
             file = stack.enter_context(TemporaryFile(dir=folder))
         for start in range(0, len(data.pixels), AT_ONCE):
             rows = range(start, min(start + AT_ONCE, len(data.pixels)))
-            values, _ = first_that_fits(partial(compute, rows=rows), halvings(AT_ONCE))
+            values, at_once = first_that_fits(partial(compute, rows=rows), halvings(at_once))
             with explained(folder / "features"):
                 file.write(values.data)
                 file.flush()

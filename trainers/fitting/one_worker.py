@@ -19,7 +19,7 @@ from trainers.fitting.channel import sender
 from trainers.fitting.checkpoints import Checkpoint
 from trainers.fitting.job import Job
 from trainers.fitting.training_data import TrainingData
-from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker, furthest_in, threads_of
+from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker, result_in, threads_of
 from trainers.settings import TrainersSettings
 
 TASK_NAME = "relook_fit"
@@ -66,10 +66,7 @@ def fit_on_one_worker(job: Job, channel: Any, use_gpu: bool) -> Checkpoint:
         # Ctrl-C: the task would go on without anyone who waits for it.
         ray.cancel(running, force=True)
         raise
-    found = furthest_in(job.run_dir)
-    if found is None:
-        raise UnavailableError(f"the run in {job.run_dir} ended without a checkpoint")
-    return found
+    return result_in(job.run_dir)
 
 
 def thread_variables(settings: TrainersSettings) -> dict[str, str]:

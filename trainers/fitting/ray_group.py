@@ -24,7 +24,7 @@ from trainers.fitting.checkpoints import Checkpoint, further, load_checkpoint, s
 from trainers.fitting.contact import require_contact
 from trainers.fitting.job import Job
 from trainers.fitting.one_worker import thread_variables
-from trainers.fitting.workers import CHECKPOINT_FILE, GROUP_FOLDER, ProcessGroup, furthest_in
+from trainers.fitting.workers import CHECKPOINT_FILE, GROUP_FOLDER, ProcessGroup, result_in
 from trainers.optimization.strategies import StrategyRecipe, strategy_of
 from trainers.settings import TrainersSettings
 
@@ -60,10 +60,7 @@ def fit_in_group(job: Job, channel: Any, use_gpu: bool) -> Checkpoint:
         name, message = fatal
         raise error_class(name)(message)
     # Not only Ray Train's own: the group has nothing to do where one worker finished the run.
-    found = furthest_in(job.run_dir)
-    if found is None:
-        raise UnavailableError(f"the run in {job.run_dir} ended without a checkpoint")
-    return found
+    return result_in(job.run_dir)
 
 
 def _trainer(job: Job, channel: Any, use_gpu: bool) -> ray.train.torch.TorchTrainer:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch import nn
 
-from records.errors import IntegrityError
+from records.errors import IntegrityError, UnavailableError
 from trainers.fitting.checkpoints import Checkpoint, further, load_checkpoint, save_checkpoint
 from trainers.optimization.strategies import StrategyRecipe, WorkersSettings
 
@@ -95,6 +95,14 @@ class SingleWorker:
     def load(self) -> Checkpoint | None:
         """Return the checkpoint of the run's folder that is furthest on, one of a group of workers included."""
         return None if self.kept_in is None else furthest_in(self.kept_in)
+
+
+def result_in(run_dir: Path) -> Checkpoint:
+    """Return the checkpoint of a run that has ended, as `furthest_in`; UnavailableError if it left none."""
+    found = furthest_in(run_dir)
+    if found is None:
+        raise UnavailableError(f"the run in {run_dir} ended without a checkpoint")
+    return found
 
 
 def furthest_in(run_dir: Path) -> Checkpoint | None:

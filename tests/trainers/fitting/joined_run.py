@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from records.taxonomy import DiagnosisClass, Taxonomy
 from trainers.fitting.checkpoints import Checkpoint
+from trainers.fitting.epoch_report import CLOCKS
 from trainers.fitting.loop import TrainedModel, TrainingData, train
 from trainers.fitting.workers import ProcessGroup
 from trainers.optimization.strategies import strategy_of
@@ -37,7 +38,6 @@ EVERYTHING = {
 NORMS = {
     **PLAIN, "model.name": "custom_cnn", "model.dropout": 0.01, "epochs": 5, "optimizer.learning_rate": 0.05,
 }  # fmt: skip
-CLOCKS = ("images_per_s", "seconds", "validation_seconds")
 RESNET = {"model.name": "resnet18", "batch_size": 4, "epochs": 1, "optimizer.learning_rate": 0.005}
 
 CASES: dict[str, dict[str, object]] = {

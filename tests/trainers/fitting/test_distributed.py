@@ -13,11 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
+from bench.processes import processes_with
 from records.datasets import build_version
 from records.errors import ConfigError, DataError, DivergedError, RefusedError, RelookError, UnavailableError
 from records.frames import Frame
 from records.store import Store
-from tests.processes import below_with
 from trainers.augmentation import load_policy
 from trainers.fitting.distributed import warns_of_scarcity
 from trainers.fitting.epoch_report import EpochReport
@@ -63,7 +63,7 @@ def largest_difference(a: TrainedModel, b: TrainedModel) -> float:
 
 
 def train_workers() -> list[psutil.Process]:
-    return below_with("RayTrainWorker")
+    return processes_with("RayTrainWorker")
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_one_worker_is_a_task_that_goes_on_when_its_process_dies(
         told.append(report.epoch)
         assert train_workers() == []
         if not killed:
-            (process,) = below_with("relook_fit")
+            (process,) = processes_with("relook_fit")
             killed.append(process.pid)
             process.kill()
         return False
