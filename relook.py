@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,29 +35,26 @@ from records.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cluster.opened import Home
+    from cluster.opened import Home, Search
     from cluster.round import RoundOutcome
     from cluster.selection import Selection
-    from cluster.settings import Settings
     from images.given import GivenImage
     from images.importer import ImportReport
     from images.synth import SynthReport
     from labeling.sync import SyncReport
-    from records.bundles import Bundle
     from serving.direct import Explanation, Model, Prediction, Predictions
     from trainers.classifier import RelookClassifier
     from trainers.evaluation.figures import Evaluation
-    from tuning.report import SearchReport
 
 __all__ = [
     "ConfigError", "DataError", "Explanation", "Home", "ImageError", "LabelStudioError", "Model", "Prediction",
     "Predictions", "RefusedError", "RelookClassifier", "RelookError", "Search", "TaxonomyError", "UnknownIdError",
-    "UserError", "evaluate", "explain", "import_images", "load_model", "open_home", "run_round", "select",
+    "UserError", "combine", "evaluate", "explain", "import_images", "load_model", "open_home", "run_round", "select",
     "sync_labels", "synthesize", "train", "tune",
 ]  # fmt: skip
 
 _LOADED_ON_USE = {
-    "Home": "cluster.opened",
+    **dict.fromkeys(("Home", "Search"), "cluster.opened"),
     "RelookClassifier": "trainers.classifier",
     **dict.fromkeys(("Model", "Explanation", "Prediction", "Predictions"), "serving.direct"),
 }
@@ -197,31 +193,49 @@ def train(
     from trainers.fitting.run import run_folder, train_and_register
 
     settings = home.with_settings(set)
-    start, teacher = (None if one is None else _bundle(home, one) for one in (start_from, distill_from))
+    start, teacher = (None if one is None else home.bundle(one) for one in (start_from, distill_from))
     made_of: dict[str, Any] = {"start_from": start, "distill_from": teacher}
     with progress() as bar:
         dataset = open_dataset(home.store, None if data is None else os.fspath(data), progress=bar)
         run_dir = run_folder(home.store, settings.trainers, dataset, resume=resume, **made_of)
         more = {**made_of, "progress": bar, "tracking": settings.tracking}
-        with _ray(settings, settings.trainers.needs_ray):
+        with home.ray(settings, settings.trainers.needs_ray):
             return Model(train_and_register(home.store, settings.trainers, dataset, run_dir, **more), settings.serving)
 
 
-class Search:
-    """What `tune` found.
+def combine(
+    home: Home,
+    models: Sequence[str | os.PathLike[str] | Model],
+    *,
+    weights: Sequence[float] | None = None,
+    data: str | None = None,
+    set: Mapping[str, Any] | None = None,
+) -> Model:
+    """Make several models one, the weighted mean of their logits calibrated anew, as `relook models combine` does.
 
     Args:
-        folder: of the search; its name is what `run=` takes.
-        report: trials, effects of each choice, failures and costs, best first.
-        page: the report as one HTML page.
-        model: the winner's, trained for all epochs; None with `fit=False`.
+        home: with the images; it gets the model.
+        models: two or more; see `evaluate`. Context, views and decision rule are the first one's, unless set.
+        weights: how much each model's logits count; default: equally.
+        data: dataset id; default: the newest version.
+        set: settings such as `{"trainers.views": 4}`.
+    Returns:
+        The model; its report on the val split is in `model.report`.
+    Raises:
+        ConfigError: the models do not fit together, or weights are not as many positive numbers as models.
+        RefusedError: one was trained on calibration, gate or test of the dataset, or nobody can tell.
     """
+    from images.importer import open_dataset
+    from records.progress import progress
+    from serving.direct import Model
+    from trainers.fitting.combine import choices_of, combine_and_register, shares_of
 
-    def __init__(self, folder: Path, report: SearchReport, page: Path, model: Model | None) -> None:
-        self.folder, self.report, self.page, self.model = folder, report, page, model
-
-    def __repr__(self) -> str:
-        return f"Search({self.folder.name!r}, {len(self.report.leaderboard)} trials)"
+    bundles = [home.bundle(model) for model in models]
+    settings, shares = home.with_settings(set, before=choices_of(bundles[0])), shares_of(weights, len(bundles))
+    with progress() as bar:
+        dataset = open_dataset(home.store, data, progress=bar)
+        bundle = combine_and_register(home.store, bundles, shares, dataset, settings.trainers, bar)
+    return Model(bundle, settings.serving)
 
 
 def tune(
@@ -253,6 +267,7 @@ def tune(
         DataError: train or val is empty.
         RefusedError: another process runs this search.
     """
+    from cluster.opened import Search
     from images.importer import open_dataset
     from records.progress import progress
     from serving.direct import Model
@@ -275,7 +290,7 @@ def tune(
     with progress() as bar:
         dataset = open_dataset(store, None if data is None else os.fspath(data), progress=bar)
     shown = show_search(settings.tracking, folder.name, tuning)
-    with search_lease(store, folder, resume=resume), _ray(settings), shown as on_event:
+    with search_lease(store, folder, resume=resume), home.ray(settings), shown as on_event:
         result = search(store, tuning, trainers, dataset, run_dir=folder, on_event=on_event)
     with progress() as bar:
         bundle = fit_winner(store, result, dataset, folder, bar, settings.tracking) if fit else None
@@ -331,7 +346,7 @@ def evaluate(
         raise ConfigError(f"split is {split!r}; it must be one of {', '.join(Split)}")
     with progress() as bar:
         return track_evaluation(home.settings.tracking, measure_model(
-            home.store, _bundle(home, model), split=Split(split), data=data, images=_path(images), columns=columns,
+            home.store, home.bundle(model), split=Split(split), data=data, images=_path(images), columns=columns,
             labels=_path(labels), masks=_path(masks), prevalence=prevalence, report=_path(report), progress=bar,
             robustness=robustness, explanations=explanations, embed_images=embed_images,
             precision=home.settings.trainers.precision,
@@ -355,11 +370,11 @@ def load_model(model: str | os.PathLike[str], home: Home | None = None) -> Model
     from serving.direct import Model
 
     if home is not None:
-        return Model(_bundle(home, model), home.settings.serving)
+        return Model(home.bundle(model), home.settings.serving)
     if Path(model).is_dir():
         return Model(read_bundle(Path(model)), load_settings(environ=os.environ).serving)
     with open_home() as default:
-        return Model(_bundle(default, model), default.settings.serving)
+        return Model(default.bundle(model), default.settings.serving)
 
 
 def explain(
@@ -423,7 +438,7 @@ def select(
 
     if budget < 1 or any(number < 1 for number in (mix or {}).values()):
         raise ConfigError("a budget is at least 1 image")
-    bundle, folder, at = _bundle(home, model), _path(pool), home.settings.labeling.prevalence
+    bundle, folder, at = home.bundle(model), _path(pool), home.settings.labeling.prevalence
     return select_from(home.store, bundle, budget=budget, rule=rule, mix=mix, folder=folder, seed=seed, prevalence=at)
 
 
@@ -470,25 +485,9 @@ def run_round(home: Home, *, resume: bool = False, set: Mapping[str, Any] | None
 
     settings, store = home.with_settings(set), home.store
     person = name_of(caller_of(store, os.environ.get(KEY_VARIABLE)))
-    with _ray(settings, settings.round.tune != "never" or settings.trainers.needs_ray), show_round() as show:
+    with home.ray(settings, settings.round.tune != "never" or settings.trainers.needs_ray), show_round() as show:
         return run(store, settings, resume=resume, started_by=person, on_event=show)
-
-
-def _bundle(home: Home, model: str | os.PathLike[str] | Model) -> Bundle:
-    from records.models import find_bundle
-    from serving.direct import Model
-
-    return model.bundle if isinstance(model, Model) else find_bundle(home.store, os.fspath(model))
 
 
 def _path(given: str | os.PathLike[str] | None) -> Path | None:
     return None if given is None else Path(given)
-
-
-def _ray(settings: Settings, needed: bool = True) -> AbstractContextManager[Any]:
-    """Return a block with a Ray session: the one that runs in this process, else a new one; none if none is needed."""
-    if not needed:
-        return nullcontext()
-    from cluster.session import ray_is_running, start_ray
-
-    return nullcontext() if ray_is_running() else start_ray(settings)

@@ -24,15 +24,7 @@ from cluster.labels import audit_labels, drawn_items
 from records.arrays import BoolArray, FloatArray
 from records.errors import ContractError
 from records.store import Store
-from records.types import (
-    LABEL_RANK,
-    Confirmation,
-    Decision,
-    Image,
-    Outcome,
-    Prediction,
-    ReasonCode,
-)
+from records.types import LABEL_RANK, Confirmation, Decision, Image, Outcome, Prediction, ReasonCode
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ The Python interface works on it, as a call of the command works on `records.com
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cluster.settings import Settings
 from cluster.sources import load_settings
@@ -16,6 +16,11 @@ from images.settings import limits_variable
 from records.errors import ConfigError
 from records.settings import environment
 from records.store import open_store
+
+if TYPE_CHECKING:
+    from records.bundles import Bundle
+    from serving.direct import Model
+    from tuning.report import SearchReport
 
 
 class Home:
@@ -40,14 +45,30 @@ class Home:
         """The folder."""
         return self.store.home.root
 
-    def with_settings(self, set: Mapping[str, Any] | None) -> Settings:
-        """Return the settings of the home with others for one call, by dotted names."""
-        if not set:
+    def with_settings(self, set: Mapping[str, Any] | None, before: Sequence[str] = ()) -> Settings:
+        """Return the settings of the home with others for one call, by dotted names; they overrule texts `before`."""
+        if not set and not before:
             return self.settings
-        if places := [name for name in set if name.partition(".")[0] in ("records", "images")]:
+        if places := [name for name in set or {} if name.partition(".")[0] in ("records", "images")]:
             raise ConfigError(f"{places[0]} cannot change while the home is open; give it to open_home")
         config, preset, sets = self._sources
-        return load_settings(config, preset, (*sets, *setting_texts(set)), os.environ)
+        return load_settings(config, preset, (*before, *sets, *setting_texts(set or {})), os.environ)
+
+    def bundle(self, model: "str | os.PathLike[str] | Model") -> "Bundle":
+        """Return the bundle of a model that is given as `relook.evaluate` takes it."""
+        from records.models import find_bundle
+        from serving.direct import Model
+
+        return model.bundle if isinstance(model, Model) else find_bundle(self.store, os.fspath(model))
+
+    @staticmethod
+    def ray(settings: Settings, needed: bool = True) -> AbstractContextManager[Any]:
+        """Return a block with a Ray session: the one of this process, else a new one; none if none is needed."""
+        if not needed:
+            return nullcontext()
+        from cluster.session import ray_is_running, start_ray
+
+        return nullcontext() if ray_is_running() else start_ray(settings)
 
     def close(self) -> None:
         """Close the database; a second call does nothing."""
@@ -61,6 +82,23 @@ class Home:
 
     def __repr__(self) -> str:
         return f"Home({str(self.path)!r})"
+
+
+class Search:
+    """What `tune` found.
+
+    Args:
+        folder: of the search; its name is what `run=` takes.
+        report: trials, effects of each choice, failures and costs, best first.
+        page: the report as one HTML page.
+        model: the winner's, trained for all epochs; None with `fit=False`.
+    """
+
+    def __init__(self, folder: Path, report: "SearchReport", page: Path, model: "Model | None") -> None:
+        self.folder, self.report, self.page, self.model = folder, report, page, model
+
+    def __repr__(self) -> str:
+        return f"Search({self.folder.name!r}, {len(self.report.leaderboard)} trials)"
 
 
 def setting_texts(set: Mapping[str, Any]) -> list[str]:

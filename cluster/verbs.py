@@ -111,10 +111,10 @@ def combine_command(
     """
     from images.importer import open_dataset
     from records.models import find_bundle
-    from trainers.fitting.combine import choices_of, combine_and_register, parse_weights
+    from trainers.fitting.combine import choices_of, combine_and_register, shares_of
     from trainers.fitting.run import REPORT
 
-    shares = parse_weights(weights, len(models))
+    shares = shares_of(weights, len(models))
     with call.store() as store, progress() as bar:
         bundles = [find_bundle(store, name) for name in models]
         settings = call.compose(before=choices_of(bundles[0])).trainers

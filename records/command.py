@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TextIO
 import typer
 from pydantic import BaseModel
 from rich.console import RenderableType
-from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from records.console import WholeConsole
@@ -315,14 +314,3 @@ def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType
         emit_json(plain)
     elif human is not None:
         stdout.print(human)
-
-
-def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
-    """Lay out measured figures, one row each; `figures["reasons"]` explains by key, or part of it, what is None."""
-    table, reasons = Table("what", "figure", title=title), figures.get("reasons", {})
-    for name, value in figures.items():
-        if name != "reasons":
-            why = next((reason for key, reason in reasons.items() if key in name), "")
-            shown = round(value, 3) if isinstance(value, float) else value
-            table.add_row(name.replace("_", " "), why if value is None else str(shown))
-    return table

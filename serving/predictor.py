@@ -288,7 +288,8 @@ class Predictor:
             # the number of threads cannot be changed during a forward pass, and a second pass on one of its cores
             # would delay it at every operator, at which its threads wait for each other.
             if self._num_computing == 0 and self._queue.empty():
-                num_threads = self._cores
+                # One image gets them only where they were measured to shorten it.
+                num_threads = self._cores if len(batch) > 1 else min(self._cores, batch[0].job.model.threads_alone)
                 for _ in range(num_threads - 1):
                     await self._free_cores.acquire()
             self._num_computing += 1

@@ -10,14 +10,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from records.errors import (
-    AccessError,
-    ImageError,
-    RefusedError,
-    UnavailableError,
-    UnknownIdError,
-    UserError,
-)
+from records.errors import AccessError, ImageError, RefusedError, UnavailableError, UnknownIdError, UserError
 from records.types.base import LINE, Plain
 from serving.schemas import Problem
 
@@ -28,12 +21,7 @@ TYPE_PREFIX = "urn:relook:problem:"
 _SENTENCE = Plain(2000)
 _ACCESS_STATUS: dict[str, int] = {"unauthenticated": 401, "forbidden": 403, "rate_limited": 429, "busy": 429}
 
-_IMAGE_STATUS: dict[str, int] = {
-    "not_an_image": 415,
-    "unsupported_type": 415,
-    "too_large": 413,
-    "too_many_pixels": 413,
-}
+_IMAGE_STATUS: dict[str, int] = {"not_an_image": 415, "unsupported_type": 415, "too_large": 413, "too_many_pixels": 413}
 
 
 def problem(

@@ -30,12 +30,7 @@ _PRIORITY_TIERS: dict[ReasonCode, float] = {
 AUDIT_STRATA = ((0.05, 1), (0.2, 2), (float("inf"), 4))
 """Pairs of an upper bound of p(malignant) and the factor by which `serving.audit_share` is multiplied below it."""
 
-CAUTION: dict[Decision, int] = {
-    Decision.ANSWERED: 0,
-    Decision.RETAKE: 1,
-    Decision.REVIEW: 2,
-    Decision.URGENT: 3,
-}
+CAUTION: dict[Decision, int] = {Decision.ANSWERED: 0, Decision.RETAKE: 1, Decision.REVIEW: 2, Decision.URGENT: 3}
 """How cautious each decision is. Of several decisions about an image or a lesion, the most cautious one is returned."""
 
 
@@ -208,11 +203,7 @@ def _referral_reasons(
 
 
 def _doubt_reasons(
-    probabilities: FloatArray,
-    label_index: int,
-    members: BoolArray,
-    taxonomy: Taxonomy,
-    rules: TriageRules,
+    probabilities: FloatArray, label_index: int, members: BoolArray, taxonomy: Taxonomy, rules: TriageRules
 ) -> tuple[ReasonCode, ...]:
     is_malignant = np.array([c.malignant for c in taxonomy.classes])
     others = members.copy()

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "python.md").read_text()
 BLOCK = re.compile(r"(<!-- needs Ray -->\n)?```python\n(.*?)```", re.DOTALL)
 CALLS = (
-    "open_home", "import_images", "train", "tune", "evaluate", "load_model", "explain", "select", "sync_labels",
-    "run_round",
+    "open_home", "import_images", "train", "combine", "tune", "evaluate", "load_model", "explain", "select",
+    "sync_labels", "run_round",
 )  # fmt: skip
 
 # Importing Ray raises its own deprecation warnings.
@@ -73,6 +73,9 @@ def test_the_examples_do_what_the_page_says(names: dict[str, Any], folder: Path)
     assert names["home"].settings.trainers.optimizer.momentum == 0.9
     assert sum(names["report"].splits.values()) == names["report"].images
     assert names["model"].report.is_file()
+    shares = {member.model_id: member.weight for member in names["both"].bundle.document.members}
+    assert shares == {names["model"].id: pytest.approx(2 / 3), names["other"].id: pytest.approx(1 / 3)}
+    assert names["both"].bundle.document.views == names["model"].bundle.document.views
     low, high = names["figures"].balanced_accuracy_ci
     assert 0 <= low <= high <= 1
     assert names["loaded"].id == names["model"].id
@@ -185,6 +188,10 @@ def test_wrong_arguments_name_what_is_right(names: dict[str, Any]) -> None:
     with pytest.raises(relook.RefusedError, match="were trained on dataset"):
         # The round built a version of the same images, so the settings are those of the first training.
         relook.train(home, model.bundle.document.dataset_id)
+    with pytest.raises(relook.ConfigError, match="2 numbers above 0"):
+        relook.combine(home, [model, names["other"]], weights=[1])
+    with pytest.raises(relook.ConfigError, match=r"did you mean trainers\.views"):
+        relook.combine(home, [model, names["other"]], set={"trainers.view": 2})
     with pytest.raises(relook.ConfigError, match="train, val, calibration, gate, test"):
         relook.evaluate(home, model, split="hold-out")  # type: ignore[arg-type]
     with pytest.raises(relook.ConfigError, match="gradcam"):

@@ -8,6 +8,7 @@ candidate is rolled back within the stated number of images (and those in flight
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ from records.models import register
 from records.store import Store
 from records.types import Arm, ModelStatus, Prediction, ReasonCode, Rollout, RolloutStage
 from serving.client import Client
-from serving.rollout.guardrails import observations_needed
+from serving.rollout.guardrails import GUARDRAILS, log_evidence, threshold
 from serving.schemas import RolloutRequest
 from vision.inference.loaded import plain_network, reference_logits
 from vision.networks import build_model
@@ -56,6 +57,24 @@ class Broken:
     name: str
     harm: str
     bundle: Bundle
+
+
+def observations_needed(name: str, rate: float) -> int | None:
+    """Return after how many observations a guardrail ends the rollout if exactly `rate` (0 to 1) of them are events.
+
+    None beyond 100,000 observations.
+    """
+    low, high = 1, 100_000
+    limit = GUARDRAILS[name].limit
+    if log_evidence(high, math.floor(high * rate), limit) < threshold():
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if log_evidence(middle, math.floor(middle * rate), limit) >= threshold():
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def main() -> int:

@@ -28,9 +28,10 @@ import numpy as np
 import psutil
 import typer
 
+from bench.figures import figures_table
 from bench.serve.abusers import KINDS, costly_image
 from bench.serve.honest import Honest
-from records.command import Call, figures_table, verb
+from records.command import Call, verb
 from records.progress import status
 from records.types import Scope
 

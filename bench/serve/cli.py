@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from records.command import Call, figures_table, verb
+from bench.figures import figures_table
+from records.command import Call, verb
 from records.progress import progress
 
 if TYPE_CHECKING:

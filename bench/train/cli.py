@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from records.command import Call, figures_table, verb
+from bench.figures import figures_table
+from records.command import Call, verb
 from records.progress import progress
 
 app = typer.Typer()

@@ -1,12 +1,13 @@
-"""The rate of bare training steps: forward, backward and optimizer step on one batch in memory. No Ray."""
+"""The rate of bare training steps: forward, backward and optimizer step. No Ray, no reports, no checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
+from records.arrays import UInt8Array
 from records.bundles import Geometry
 from trainers.fitting.workers import choose_device, compute_threads, threads_of
 from trainers.optimization.optimizers import build_optimizer
@@ -24,14 +25,16 @@ def raw_rate(
     num_classes: int,
     clock: Callable[[], float] = time.perf_counter,
     seconds: float = RAW_S,
+    batches: Iterator[UInt8Array] | None = None,
 ) -> float:
-    """Measure bare steps on one batch in memory.
+    """Measure bare steps, on one batch in memory or on given ones.
 
     Args:
         settings: network, split, batch, optimizer, precision, threads.
         num_classes: C.
         clock: seconds; `time.process_time` gives images per second of CPU time, which a busy machine hardly changes.
         seconds: how long to go on, in which steps are counted; two steps at least.
+        batches: [B, S, S, 3], one for each step and without end; default: one batch of noise for all steps.
     Returns:
         Images per second.
     """
@@ -53,6 +56,8 @@ def raw_rate(
         while steps < 2 or clock() - began < seconds:
             if steps == 0:
                 began = clock()
+            if batches is not None:
+                inputs = scale_pixels(to_tensor(next(batches)).to(device), geometry)
             with autocast(precision, str(device)):
                 logits = network(inputs)
             loss = loss_of(logits.float(), labels)

@@ -4,16 +4,19 @@ The bare rate is forward, backward and optimizer step of the same network on one
 precision, threads and optimizer; it is measured before and after the pipeline. The pipeline is what `relook train`
 runs under Ray Train: pixel cache, augmentation, loop, checkpoints, reports. Its rate is over the wall time from one
 report to the next, without the forward passes of batch norm statistics and of validation, which the bare steps do not
-have. The first epoch warms up and is not counted.
+have. The first epoch warms up and is not counted. What a bare step loses to augmentation on the same cores is measured
+with batches that one thread augments while the step before computes.
 """
 
 import os
 import statistics
 import threading
 import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from bench.train.plans import Plan, busy_neighbour, plans, two_share
 from bench.train.raw import raw_rate
 from images.importer import import_folder
 from images.synth import synthesize
+from records.arrays import UInt8Array
 from records.datasets import DatasetVersion, load_dataset
 from records.errors import ConfigError
 from records.frames import Frame
@@ -41,6 +45,7 @@ from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import choose_device
 from trainers.settings import TrainersSettings
 from vision.precision import resolve_precision
+from vision.seeding import image_keys, image_seeds
 
 EPOCHS = 4
 VAL_IMAGES = 64
@@ -120,6 +125,8 @@ class Bench:
             rates = self._rates(plan, cores, "alone")
         default, pipeline = next(iter(rates.items()))
         raw = (before + raw_rate(alone, len(self.store.taxonomy.codes))) / 2
+        with closing(augmented_batches(self.store, alone, plan)) as batches:
+            augmented = raw_rate(alone, len(self.store.taxonomy.codes), batches=batches)
         shared = self._of_two_workers(rates, cores)
         with busy_neighbour(cores):
             beside = self._rates(plan, cores, "beside a neighbour")
@@ -129,7 +136,9 @@ class Bench:
         plain, lightning = peers.plain_rate(), peers.lightning_rate(self.lightning_python)
         return {
             "raw_images_s": _round(raw),
+            "raw_with_augmentation_on_the_same_cores_images_s": _round(augmented),
             "pipeline_over_raw": _ratio(pipeline, raw),
+            "pipeline_over_raw_with_augmentation": _ratio(pipeline, augmented),
             "pipeline_over_plain_fp32": _ratio(pipeline, plain),
             "pipeline_over_lightning": _ratio(pipeline, lightning),
             "ddp2_over_single": _ratio(shared, pipeline),
@@ -218,6 +227,32 @@ class Bench:
         spans = [after - before - report.validation_seconds for (before, _), (after, report) in pairwise(told)]
         steps = -(-plan.num_train // settings.images_per_step)
         return steps * settings.images_per_step / (sum(spans) / len(spans))
+
+
+def augmented_batches(store: Store, settings: TrainersSettings, plan: DataPlan) -> Generator[UInt8Array]:
+    """Yield augmented training batches, [B, S, S, 3], without end; a thread prepares one while the one before is used.
+
+    Args:
+        store: with the images.
+        settings: policy, side, batch and seed.
+        plan: whose training images are taken in their order, again and again.
+    Yields:
+        Batches.
+    """
+    data, size = plan.open(store, settings.model.frame), settings.images_per_step
+    augmenter = Augmenter(load_policy(settings.augmentation), Canvas(settings.model.side_px, (180.0, 140.0, 140.0)))
+    keys = image_keys(data.image_ids)
+
+    def batch(step: int) -> UInt8Array:
+        rows = data.train_index[np.arange(step * size, (step + 1) * size) % len(data.train_index)]
+        seeds = image_seeds(settings.seed, step, keys[rows], np.zeros_like(rows))
+        return augmenter.apply(data.pixels.take(rows), seeds)
+
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        waiting = ahead.submit(batch, 0)
+        for step in count(1):
+            ready, waiting = waiting.result(), ahead.submit(batch, step)
+            yield ready
 
 
 def feeder_rate(store: Store, settings: TrainersSettings, plan: DataPlan, feeders: int) -> float:

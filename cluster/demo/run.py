@@ -50,12 +50,7 @@ class Running:
 
 @contextmanager
 def running_demo(
-    settings: Settings,
-    store: Store,
-    *,
-    data: Path | None,
-    columns: Mapping[str, str] | None,
-    annotator: AnnotatorKind,
+    settings: Settings, store: Store, *, data: Path | None, columns: Mapping[str, str] | None, annotator: AnnotatorKind
 ) -> Generator[Running]:
     """Run all stages; service and Label Studio keep running until the block ends.
 
@@ -137,12 +132,7 @@ def _before_service(
     )
     # A round begins by pulling annotations, so a Label Studio that is still starting would fail it.
     starting.result()
-    demo.stage(
-        "round_1",
-        "Round 1",
-        "search, fit, evaluate and gate the first model",
-        lambda: run_next_round(demo),
-    )
+    demo.stage("round_1", "Round 1", "search, fit, evaluate and gate the first model", lambda: run_next_round(demo))
 
 
 def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> DemoSummary:
@@ -153,10 +143,7 @@ def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Dem
         lambda: send_traffic(demo, service.url),
     )
     demo.stage(
-        "annotators",
-        "Annotators",
-        "annotate the doubtful images in Label Studio",
-        lambda: annotate_tasks(demo, server),
+        "annotators", "Annotators", "annotate the doubtful images in Label Studio", lambda: annotate_tasks(demo, server)
     )
     # From here to the swap requests keep arriving, so that a request which training or the swap disturbs is counted.
     background = Traffic(
@@ -186,10 +173,7 @@ def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Dem
     finally:
         background.stop()
     demo.stage(
-        "trace",
-        "Trace",
-        "follow one image from the request to the model trained on it",
-        lambda: trace_one(demo),
+        "trace", "Trace", "follow one image from the request to the model trained on it", lambda: trace_one(demo)
     )
     summary = summarise(demo, server)
     # Written last: the file is what marks the demo as finished.

@@ -73,24 +73,6 @@ def violated_guardrail(counts: Counts) -> Guardrail | None:
     return None
 
 
-def observations_needed(name: str, rate: float) -> int | None:
-    """Return after how many observations a guardrail ends the rollout if exactly `rate` (0 to 1) of them are events.
-
-    None beyond 100,000 observations.
-    """
-    low, high = 1, 100_000
-    limit = GUARDRAILS[name].limit
-    if log_evidence(high, math.floor(high * rate), limit) < threshold():
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if log_evidence(middle, math.floor(middle * rate), limit) >= threshold():
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def _worse_rates(limit: float) -> list[float]:
     # Rates close to the limit detect small excess after many observations, large ones a broken candidate after a few.
     rates = [1.5 * limit, 2 * limit, 4 * limit, 0.5, 0.8, 0.99]

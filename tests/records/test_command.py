@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from rich.console import Console
 from typer.testing import CliRunner
 
+from bench.figures import figures_table
 from records.command import (
     PRESET_NAMES,
     RAY_STARTER,
     Call,
     JsonCall,
     emit,
-    figures_table,
     group_verb,
     until_stopped,
     verb,

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+import torch
 
 from records.errors import ImageError, RefusedError, UnavailableError, UnknownIdError
 from records.ids import new_id
 from records.store import Store
 from records.types import Decision, ModelStatus, Prediction, ReasonCode, ReviewItem
+from serving import holder
 from serving.explainer import Explainer
 from serving.holder import ModelHolder
 from serving.messages import PredictionRequest, StoredPrediction
@@ -65,9 +67,11 @@ def test_predictions_of_a_batch_equal_those_of_one_at_a_time(
         assert tx.count(Prediction) == 24
 
 
-def test_a_batch_alone_has_all_cores_and_concurrent_batches_one_each(
-    store: Store, tools: Any, make_image: Callable[..., bytes]
+@pytest.mark.parametrize("alone", [1, 2])
+def test_a_batch_alone_has_all_cores_where_they_pay_and_concurrent_batches_one_each(
+    alone: int, store: Store, tools: Any, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(holder, "threads_for_one", lambda *_: alone)
     tools.serve_bundle(store, tools.make_bundle(store))
     images = [make_image(number) for number in range(12)]
 
@@ -77,8 +81,28 @@ def test_a_batch_alone_has_all_cores_and_concurrent_batches_one_each(
 
     settings = SETTINGS.model_copy(update={"predictor_cpus": 2.0, "max_batch_size": 2})
     singles, together = with_predictor(store, both, settings)
-    assert {stored.prediction.num_threads for stored in singles} == {2}
+    assert {stored.prediction.num_threads for stored in singles} == {alone}
     assert 1 in {stored.prediction.num_threads for stored in together}
+
+
+@pytest.mark.parametrize(("one_s", "all_s", "chosen"), [(0.03, 0.02, 4), (0.024, 0.02, 1), (0.02, 0.03, 1)])
+def test_one_image_gets_all_cores_if_they_are_a_quarter_faster(one_s: float, all_s: float, chosen: int) -> None:
+    now, sizes = [0.0], []
+
+    class Slow:
+        def predict(self, pixels: Any, *, gradcam: bool) -> None:
+            # Now and then something else delays a pass.
+            delayed = len(sizes) in (0, 1, 2, 5)
+            now[0] += (one_s if torch.get_num_threads() == 1 else all_s) + delayed
+            sizes.append(len(pixels))
+
+    before = torch.get_num_threads()
+    assert holder.threads_for_one(Slow(), np.zeros((1, 8, 8, 3), np.uint8), 4, lambda: now[0]) == chosen
+    assert torch.get_num_threads() == before
+    assert set(sizes) == {1}
+    sizes.clear()
+    assert holder.threads_for_one(Slow(), np.zeros((1, 8, 8, 3), np.uint8), 1, lambda: now[0]) == 1
+    assert sizes == []
 
 
 def test_forward_passes_together_have_no_more_threads_than_there_are_cores(
@@ -108,6 +132,7 @@ def test_forward_passes_together_have_no_more_threads_than_there_are_cores(
         await asyncio.gather(first, *(predictor.predict(request(make_image(number))) for number in range(1, 4)))
 
     monkeypatch.setattr(Predictor, "_forward", counted)
+    monkeypatch.setattr(holder, "threads_for_one", lambda *_: 2)
     with_predictor(store, overlapping, SETTINGS.model_copy(update={"predictor_cpus": 2.0}))
     assert begun[0] == (1, 2)
     assert sum(images for images, _ in begun) == 4

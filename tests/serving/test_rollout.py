@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.drills.release_drills import observations_needed
 from records.errors import AccessError, RefusedError, RelookError, UnknownIdError
 from records.models import current_rollout, register, serving_id
 from records.settings import RecordsSettings
@@ -17,7 +18,7 @@ from records.types import Arm, ModelRecord, ModelStatus, Prediction, ReasonCode,
 from serving.access.keys import admin_token
 from serving.client import Client
 from serving.rollout.control import begin, promote, roll_back, undo_promotion
-from serving.rollout.guardrails import GUARDRAILS, log_evidence, observations_needed, threshold, violated_guardrail
+from serving.rollout.guardrails import GUARDRAILS, log_evidence, threshold, violated_guardrail
 from serving.schemas import RolloutRequest
 from serving.settings import ServingSettings
 from serving.triage import CAUTION

@@ -51,19 +51,18 @@ def choices_of(bundle: Bundle) -> list[str]:
     return [f"trainers.{name}={value}" for name, value in texts.items()]
 
 
-def parse_weights(text: str | None, count: int) -> list[float]:
-    """Return the weights of a text such as `1,0.5`, scaled so that they add up to 1; without a text they are equal.
+def shares_of(weights: str | Sequence[float] | None, count: int) -> list[float]:
+    """Return weights, also of a text such as `1,0.5`, scaled so that they add up to 1; without weights they are equal.
 
     Raises ConfigError: they are not as many positive numbers as there are models.
     """
-    if text is None:
-        return [1.0 / count] * count
+    weights = [1.0] * count if weights is None else weights
     try:
-        given = [float(part) for part in text.split(",")]
+        given = [float(one) for one in (weights.split(",") if isinstance(weights, str) else weights)]
     except ValueError:
         given = []
     if len(given) != count or not all(0.0 < value < float("inf") for value in given):
-        raise ConfigError(f"--weights is {text!r}; it must be {count} numbers above 0, one for each model, as 1,0.5")
+        raise ConfigError(f"weights are {weights!r}; they must be {count} numbers above 0, one per model, as 1,0.5")
     return [value / sum(given) for value in given]
 
 

@@ -21,7 +21,7 @@ from records.store import Store
 from records.types import ModelRecord, Split
 from trainers.evaluation.evaluate import predict_split
 from trainers.evaluation.measure import measure_model
-from trainers.fitting.combine import combine, parse_weights
+from trainers.fitting.combine import combine, shares_of
 from trainers.fitting.fit import fit
 from trainers.settings import TrainersSettings, WorkersSettings
 from vision.inference.loaded import load_model
@@ -105,10 +105,10 @@ def test_the_command_makes_the_same_bundle_again(
     assert "2 numbers above 0" in str(refused.exception)
 
 
-@pytest.mark.parametrize("text", ["1", "1,0", "1,-2", "1,nan", "1,inf", "1,x", "", "1,2,3"])
-def test_weights_that_are_none_are_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["1", "1,0", "1,-2", "1,nan", "1,inf", "1,x", "", "1,2,3", [], [1], [2.0, 0.0]])
+def test_weights_that_are_none_are_refused(text: "str | list[float]") -> None:
     with pytest.raises(ConfigError, match="2 numbers above 0"):
-        parse_weights(text, 2)
+        shares_of(text, 2)
 
 
 def test_models_that_do_not_fit_together_are_refused(
@@ -116,7 +116,7 @@ def test_models_that_do_not_fit_together_are_refused(
 ) -> None:
     def refused(error: type[RelookError], words: str, *chosen: Bundle, of: DatasetVersion = dataset) -> None:
         with pytest.raises(error, match=words):
-            combine(filled_store, chosen, parse_weights(None, len(chosen)), of, SETTINGS)
+            combine(filled_store, chosen, shares_of(None, len(chosen)), of, SETTINGS)
 
     first = members[0]
     changed = {
