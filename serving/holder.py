@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 RETRY_BROKEN_S = 30.0
 """Time until a model that could not be loaded is tried again."""
 RUNS = 5
-"""Forward passes of one image that each number of threads is measured with; the shortest of them counts."""
+"""Forward passes that each number of threads is measured with; the shortest of them counts."""
 WORTH = 1.25
-"""How many times as fast all cores have to be for one image: below it the other cores do more for other requests."""
+"""How many times as fast all cores have to be: below it the other cores do more for other requests."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ServedModel:
     document: BundleDocument
     loaded_at: datetime
     golden_difference: float
-    threads_alone: int
-    """threads that compute one image while no other is waiting"""
+    all_cores_from: int
+    """size from which a batch is computed on all cores, while no other one is"""
 
     def info(self) -> ServedModelInfo:
         """Return its public description."""
@@ -180,37 +180,42 @@ def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> 
     # The first forward pass of a batch size allocates memory and chooses kernels; requests should not wait for that.
     for size in loaded.warm_sizes(settings.max_batch_size):
         loaded.predict(golden[[0] * size], gradcam=True)
-    alone = threads_for_one(loaded, golden[:1], compute_threads(settings.predictor_cpus))
-    return ServedModel(named.id, named.status.value, loaded, bundle.document, utc_now(), difference, alone)
+    size = all_cores_from(loaded, golden[:1], compute_threads(settings.predictor_cpus), settings.max_batch_size)
+    return ServedModel(named.id, named.status.value, loaded, bundle.document, utc_now(), difference, size)
 
 
-def threads_for_one(
-    loaded: LoadedModel, image: UInt8Array, cores: int, clock: Callable[[], float] = time.perf_counter
+def all_cores_from(
+    loaded: LoadedModel, image: UInt8Array, cores: int, largest: int, clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """Return the number of threads that one image is computed with, `cores` or 1, by measuring both.
+    """Return from which batch size on all cores are worth it, by measuring batches of 1, 2, 4 and so on.
 
-    Threads wait for each other at every operator. A small network on a fast core loses more by that than it gains.
+    Threads wait for each other at every operator: a few images of a small network lose more by that than they gain.
 
     Args:
         loaded: warmed up.
         image: [1, S, S, 3].
         cores: of the replica.
+        largest: batch size.
         clock: seconds.
     Returns:
-        `cores` if they are `WORTH` times as fast as one.
+        The first size that all cores compute `WORTH` times as fast as one; `largest` + 1 if none is.
     """
-    shortest = dict.fromkeys((cores, 1), float("inf"))
-    before = torch.get_num_threads()
+    size, before = 1, torch.get_num_threads()
     try:
-        # In turn, so that what else the machine does meets both alike.
-        for threads in [*shortest] * RUNS if cores > 1 else ():
-            torch.set_num_threads(threads)
-            began_s = clock()
-            loaded.predict(image, gradcam=True)
-            shortest[threads] = min(shortest[threads], clock() - began_s)
+        while cores > 1 and size <= largest:
+            shortest = {1: float("inf"), cores: float("inf")}
+            # In turn, so that what else the machine does meets both alike.
+            for threads in [*shortest] * RUNS:
+                torch.set_num_threads(threads)
+                began_s = clock()
+                loaded.predict(image[[0] * size], gradcam=True)
+                shortest[threads] = min(shortest[threads], clock() - began_s)
+            if shortest[cores] * WORTH <= shortest[1]:
+                break
+            size *= 2
     finally:
         torch.set_num_threads(before)
-    return cores if shortest[cores] * WORTH < shortest[1] else 1
+    return min(size, largest + 1)
 
 
 class VerifiedModel(BaseModel):

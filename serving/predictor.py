@@ -286,10 +286,11 @@ class Predictor:
             num_threads = 1
             # A batch gets all cores if no other batch computes and no job waits, and then it keeps them to its end:
             # the number of threads cannot be changed during a forward pass, and a second pass on one of its cores
-            # would delay it at every operator, at which its threads wait for each other.
-            if self._num_computing == 0 and self._queue.empty():
-                # One image gets them only where they were measured to shorten it.
-                num_threads = self._cores if len(batch) > 1 else min(self._cores, batch[0].job.model.threads_alone)
+            # would delay it at every operator, at which its threads wait for each other. A batch too small to gain by
+            # all cores leaves the others to the next one.
+            worth = len(batch) >= batch[0].job.model.all_cores_from
+            if worth and self._num_computing == 0 and self._queue.empty():
+                num_threads = self._cores
                 for _ in range(num_threads - 1):
                     await self._free_cores.acquire()
             self._num_computing += 1

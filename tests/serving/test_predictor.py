@@ -67,11 +67,11 @@ def test_predictions_of_a_batch_equal_those_of_one_at_a_time(
         assert tx.count(Prediction) == 24
 
 
-@pytest.mark.parametrize("alone", [1, 2])
+@pytest.mark.parametrize(("least", "alone"), [(1, 2), (2, 1)])
 def test_a_batch_alone_has_all_cores_where_they_pay_and_concurrent_batches_one_each(
-    alone: int, store: Store, tools: Any, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    least: int, alone: int, store: Store, tools: Any, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "threads_for_one", lambda *_: alone)
+    monkeypatch.setattr(holder, "all_cores_from", lambda *_: least)
     tools.serve_bundle(store, tools.make_bundle(store))
     images = [make_image(number) for number in range(12)]
 
@@ -85,24 +85,35 @@ def test_a_batch_alone_has_all_cores_where_they_pay_and_concurrent_batches_one_e
     assert 1 in {stored.prediction.num_threads for stored in together}
 
 
-@pytest.mark.parametrize(("one_s", "all_s", "chosen"), [(0.03, 0.02, 4), (0.024, 0.02, 1), (0.02, 0.03, 1)])
-def test_one_image_gets_all_cores_if_they_are_a_quarter_faster(one_s: float, all_s: float, chosen: int) -> None:
+@pytest.mark.parametrize(
+    ("one_ms", "all_ms", "cores", "expected"),
+    [
+        # Milliseconds per image, and for a batch in which threads wait for each other.
+        (4.0, (2.0, 1.0), 4, 1),
+        (4.0, (1.0, 6.0), 4, 4),
+        (4.0, (3.0, 1.0), 4, 8),
+        (4.0, (4.0, 1.0), 4, 17),
+        (4.0, (2.0, 1.0), 1, 1),
+    ],
+)
+def test_all_cores_are_for_batches_that_they_compute_a_quarter_faster(
+    one_ms: float, all_ms: tuple[float, float], cores: int, expected: int
+) -> None:
     now, sizes = [0.0], []
 
     class Slow:
         def predict(self, pixels: Any, *, gradcam: bool) -> None:
+            each, waiting = (one_ms, 0.0) if torch.get_num_threads() == 1 else all_ms
             # Now and then something else delays a pass.
-            delayed = len(sizes) in (0, 1, 2, 5)
-            now[0] += (one_s if torch.get_num_threads() == 1 else all_s) + delayed
+            now[0] += each * len(pixels) + waiting + 1000.0 * (len(sizes) % 10 in (0, 1, 2, 5))
             sizes.append(len(pixels))
 
     before = torch.get_num_threads()
-    assert holder.threads_for_one(Slow(), np.zeros((1, 8, 8, 3), np.uint8), 4, lambda: now[0]) == chosen
+    found = holder.all_cores_from(Slow(), np.zeros((1, 8, 8, 3), np.uint8), cores, 16, lambda: now[0])
+    assert found == expected
     assert torch.get_num_threads() == before
-    assert set(sizes) == {1}
-    sizes.clear()
-    assert holder.threads_for_one(Slow(), np.zeros((1, 8, 8, 3), np.uint8), 1, lambda: now[0]) == 1
-    assert sizes == []
+    # No size beyond the one that is found, and none where there is one core.
+    assert sorted(set(sizes)) == [size for size in (1, 2, 4, 8, 16) if size <= expected and cores > 1]
 
 
 def test_forward_passes_together_have_no_more_threads_than_there_are_cores(
@@ -132,7 +143,7 @@ def test_forward_passes_together_have_no_more_threads_than_there_are_cores(
         await asyncio.gather(first, *(predictor.predict(request(make_image(number))) for number in range(1, 4)))
 
     monkeypatch.setattr(Predictor, "_forward", counted)
-    monkeypatch.setattr(holder, "threads_for_one", lambda *_: 2)
+    monkeypatch.setattr(holder, "all_cores_from", lambda *_: 1)
     with_predictor(store, overlapping, SETTINGS.model_copy(update={"predictor_cpus": 2.0}))
     assert begun[0] == (1, 2)
     assert sum(images for images, _ in begun) == 4
