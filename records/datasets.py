@@ -371,11 +371,10 @@ def _known(store: Store, annotators: pd.DataFrame, among: AbstractSet[str] | Non
     """Return the labelled images, of the given ones or all, after missing splits were drawn."""
     partly, rows = among is not None, read_rows(store, among)
     known = known_of(store, rows, annotators, partly=partly)
-    # Reading takes long, so it happens outside the write transaction that draws missing splits. What else changed
-    # meanwhile belongs to the next version.
+    # Reading and drawing take long, so a write transaction only writes what was drawn. What else changed meanwhile
+    # belongs to the next version.
     while not (undrawn := known.rows[known.rows["split"].isna()]).empty:
-        with store.ledger.begin() as tx:
-            draw_splits(tx, undrawn, store.settings.split_salt)
+        draw_splits(store, undrawn)
         rows = with_new_splits(store, rows, among)
         known = known_of(store, rows, annotators, partly=partly)
     return known

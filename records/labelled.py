@@ -220,29 +220,39 @@ def _strongest(labels: pd.DataFrame) -> pd.DataFrame:
     return by_image(pd.concat([labels[~several], decided]))
 
 
-def draw_splits(tx: Transaction, undrawn: pd.DataFrame, salt: str) -> None:
-    """Draw the split of every labelled group that has none.
+def draw_splits(store: Store, undrawn: pd.DataFrame) -> None:
+    """Draw the split of every labelled group that has none, by the setting `records.split_salt`.
 
     The first draw of a store is stratified; later ones go by hash. A group whose label came from doubt, a flag, a
-    selection or an outcome goes to train, so that it can never bias a held-out split.
+    selection or an outcome goes to train, so that it can never bias a held-out split. Where another process makes the
+    first draw meanwhile, nothing is drawn: read the rows again.
 
     Args:
-        tx: a write transaction.
+        store: its groups get their splits.
         undrawn: rows of `Known` whose group has no split; a group that got its split meanwhile keeps it.
-        salt: setting `records.split_salt`.
     """
-    table = TABLES[Group]
+    table, salt = TABLES[Group], store.settings.split_salt
+    any_drawn = sa.select(table.c.id).where(table.c.split.is_not(None)).limit(1)
+    # Millions of groups take minutes. No writer waits for that, and PostgreSQL ends a write transaction that stands
+    # still for a third of `records.busy_timeout_s`.
+    with store.ledger.read() as tx:
+        first = tx.connection.scalar(any_drawn) is None
     doubtful = set(undrawn.loc[~undrawn["independent"], "group_id"])
     fresh = undrawn[~undrawn["group_id"].isin(doubtful)].sort_values("image_id").drop_duplicates("group_id")
-    first = tx.connection.scalar(sa.select(table.c.id).where(table.c.split.is_not(None)).limit(1)) is None
     if first:
         drawn = draw_stratified(dict(zip(fresh["group_id"], fresh["label"], strict=True)), salt)
     else:
         drawn = {group_id: draw_split(group_id, salt) for group_id in fresh["group_id"]}
     draws = [(split, "stratified" if first else "hash", [g for g in drawn if drawn[g] == split]) for split in Split]
-    for split, how, members in [*draws, (Split.TRAIN, "doubt", sorted(doubtful))]:
-        tx.connection.execute(
-            sa.update(table)
-            .where(any_of(table.c.id, members, tx.connection.dialect), table.c.split.is_(None))
-            .values(split=split.value, drawn_by=how, drawn_at=utc_now())
-        )
+    draws.append((Split.TRAIN, "doubt", sorted(doubtful)))
+    with store.ledger.begin() as tx:
+        if first and tx.connection.scalar(any_drawn) is not None:
+            return
+        for split, how, members in draws:
+            for start in range(0, len(members), _ROWS_AT_ONCE):
+                some = any_of(table.c.id, members[start : start + _ROWS_AT_ONCE], tx.connection.dialect)
+                tx.connection.execute(
+                    sa.update(table)
+                    .where(some, table.c.split.is_(None))
+                    .values(split=split.value, drawn_by=how, drawn_at=utc_now())
+                )

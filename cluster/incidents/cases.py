@@ -21,15 +21,7 @@ from records.incidents import regression_cases
 from records.ledger import Transaction
 from records.parts import attempt, each_in_parts
 from records.store import Store, find_images, read_image
-from records.types import (
-    LABEL_RANK,
-    Decision,
-    Image,
-    Incident,
-    IncidentPrediction,
-    IncidentState,
-    Outcome,
-)
+from records.types import LABEL_RANK, Decision, Image, Incident, IncidentPrediction, IncidentState, Outcome
 from serving.bulk import verdicts_of
 from serving.settings import ServingSettings
 from serving.triage import Verdict

@@ -4,6 +4,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from records import labelled
 from records.errors import DataError, IntegrityError, TaxonomyError
 from records.grouping import draw_split
 from records.ids import sha256_hex
@@ -93,19 +94,47 @@ def test_an_erased_image_is_gone(store: Store, add_labelled: Add, image_id: Id, 
 def test_splits_are_drawn_once_first_stratified_then_by_hash(store: Store, add_labelled: Add) -> None:
     salt = store.settings.split_salt
     add_labelled(store, range(40), "nv")
-    with store.ledger.begin() as tx:
-        draw_splits(tx, read_known(store, NOBODY).rows, salt)
+    draw_splits(store, read_known(store, NOBODY).rows)
+    with store.ledger.read() as tx:
         first = {group.id: group for group in tx.find(Group)}
     assert {group.drawn_by for group in first.values()} == {"stratified"}
     assert [sum(g.split == split for g in first.values()) for split in Split] == [23, 4, 5, 4, 4]
     add_labelled(store, range(40, 80), "mel")
     rows = read_known(store, NOBODY).rows
-    with store.ledger.begin() as tx:
-        draw_splits(tx, rows, salt)
+    draw_splits(store, rows)
+    with store.ledger.read() as tx:
         second = {group.id: group for group in tx.find(Group)}
     assert {key: second[key] for key in first} == first
     assert {g.drawn_by for key, g in second.items() if key not in first} == {"hash"}
     assert all(g.split == draw_split(key, salt) for key, g in second.items() if key not in first)
+
+
+def test_writers_do_not_wait_for_draws_and_one_first_draw_counts(
+    store: Store, add_labelled: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_labelled(store, range(40), "nv")
+    rows = read_known(store, NOBODY).rows
+    draw, drawn = labelled.draw_stratified, list[dict[str, Split]]()
+
+    def while_others_write(*given: Any) -> dict[str, Split]:
+        # Another process draws the rows of 30 groups; it could not write if this one held a write transaction.
+        if not drawn:
+            drawn.append({})
+            draw_splits(store, rows[:30])
+        drawn.append(draw(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(labelled, "draw_stratified", while_others_write)
+    monkeypatch.setattr(labelled, "_ROWS_AT_ONCE", 7)
+    draw_splits(store, rows)
+    with store.ledger.read() as tx:
+        found = {group.id: group.split for group in tx.find(Group) if group.split is not None}
+    # The other one's draw, all of it and nothing of ours: 40 groups would have been stratified otherwise.
+    assert found == drawn[1]
+    assert (len(drawn[1]), len(drawn[2])) == (30, 40)
+    draw_splits(store, rows)
+    with store.ledger.read() as tx:
+        assert {group.drawn_by for group in tx.find(Group)} == {"stratified", "hash"}
 
 
 @pytest.mark.parametrize("source", ["outcome:1", "annotator"])
@@ -121,8 +150,8 @@ def test_a_group_whose_label_comes_from_doubt_goes_to_train(
         if source == "annotator"
     ]
     rows = read_known(store, annotations(annotators, 1)).rows
-    with store.ledger.begin() as tx:
-        draw_splits(tx, rows, store.settings.split_salt)
+    draw_splits(store, rows)
+    with store.ledger.read() as tx:
         drawn = [tx.require(Group, _group(n)) for n in held]
     assert [(g.split, g.drawn_by) for g in drawn] == [(Split.TRAIN, "doubt")] * 3
 
