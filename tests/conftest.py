@@ -25,7 +25,7 @@ from httpx._transports import default as httpx_transports
 from records.ledger import ledger, open_ledger
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from tests.postgresql import new_database, postgresql
+from tests.postgresql import _databases, new_database, postgresql
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cluster.session import RaySession
     from cluster.settings import Settings
 
-__all__ = ["new_database", "postgresql"]
+__all__ = ["_databases", "new_database", "postgresql"]
 
 KEPT_VARIABLES = {
     "RELOOK_TEST_DATA",
@@ -62,7 +62,7 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 
 
-SERVERS = {"ray_session": "Ray", "server": "Label Studio"}
+SERVERS = {"ray_session": "Ray", "server": "Label Studio", "new_database": "PostgreSQL"}
 """Fixtures whose tests share a server, each with the name of the server."""
 
 GROUP = pytest.StashKey[str]()

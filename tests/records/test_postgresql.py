@@ -39,8 +39,8 @@ CHANGES = (
 
 
 @pytest.fixture
-def database(new_database: Callable[[], str]) -> str:
-    """The URL of an empty database of its own."""
+def database(new_database: Callable[..., str]) -> str:
+    """The URL of a database of its own, which holds nothing."""
     return new_database()
 
 
@@ -150,13 +150,14 @@ def test_writers_that_touch_other_things_do_not_wait(pg_store: Store, database: 
 
 
 def test_a_laptop_moves_to_a_cluster_and_back(
-    store: Store, database: str, tmp_path: Path, sample: Callable[..., Any]
+    store: Store, new_database: Callable[..., str], tmp_path: Path, sample: Callable[..., Any]
 ) -> None:
     """A backup of SQLite is restored into PostgreSQL, and a backup of that into SQLite."""
     with store.ledger.begin() as tx:
         tx.add(*(sample(t) for t in LEDGER_TYPES if t is not AuditEvent))
         audit.append(tx, actor="test", action="gate.read", subject="x")
     back_up(store, tmp_path / "one")
+    database = new_database(empty=True)
     restore(tmp_path / "one", RecordsSettings(home=tmp_path / "cluster", database=database))
     cluster = open_store(RecordsSettings(home=tmp_path / "cluster", database=database))
     back_up(cluster, tmp_path / "two")

@@ -65,8 +65,8 @@ def set_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetClock:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> str:
-    """The URL of an empty database of each kind."""
+def database(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[..., str]) -> str:
+    """The URL of a database of each kind, which holds nothing."""
     return new_database() if request.param == "postgresql" else f"sqlite:///{tmp_path}/ledger.db"
 
 

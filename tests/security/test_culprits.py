@@ -55,7 +55,7 @@ def store(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tools: Any,
-    new_database: Callable[[], str],
+    new_database: Callable[..., str],
 ) -> Iterator[Store]:
     """A store with a champion, on both databases."""
     database = new_database() if request.param == "postgresql" else None

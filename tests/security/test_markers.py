@@ -151,7 +151,7 @@ def places(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
-    new_database: Callable[[], str],
+    new_database: Callable[..., str],
 ) -> Iterator[Places]:
     """A store on SQLite and files, or on PostgreSQL and the bucket of RELOOK_TEST_S3 if it names one.
 

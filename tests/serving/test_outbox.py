@@ -34,7 +34,7 @@ def prediction_rows(number: int, reason: ReasonCode, key: str | None) -> Predict
 
 
 def test_replicas_that_write_at_once_store_each_image_and_its_review_item_once(
-    tmp_path: Path, new_database: Callable[[], str]
+    tmp_path: Path, new_database: Callable[..., str]
 ) -> None:
     settings = RecordsSettings(home=tmp_path / "home", database=new_database())
     accepted: list[str] = []
