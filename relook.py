@@ -215,7 +215,7 @@ def combine(
 
     Args:
         home: with the images; it gets the model.
-        models: two or more; see `evaluate`. Context, views and decision rule are the first one's, unless set.
+        models: see `evaluate`; one alone is calibrated anew. Context, views and rule are the first one's, unless set.
         weights: how much each model's logits count; default: equally.
         data: dataset id; default: the newest version.
         set: settings such as `{"trainers.views": 4}`.
@@ -231,7 +231,8 @@ def combine(
     from trainers.fitting.combine import choices_of, combine_and_register, shares_of
 
     bundles = [home.bundle(model) for model in models]
-    settings, shares = home.with_settings(set, before=choices_of(bundles[0])), shares_of(weights, len(bundles))
+    shares = shares_of(weights, len(bundles))
+    settings = home.with_settings(set, before=choices_of(bundles[0]))
     with progress() as bar:
         dataset = open_dataset(home.store, data, progress=bar)
         bundle = combine_and_register(home.store, bundles, shares, dataset, settings.trainers, bar)

@@ -97,7 +97,7 @@ def promote(
 def combine_command(
     call: Call,
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL MODEL...", help="Two or more: id prefix, bundle path, or champion.")
+        list[str], typer.Argument(metavar="MODEL...", help="Id prefix, bundle path, or champion; one or more.")
     ],
     weights: Annotated[
         str | None, typer.Option("--weights", help="Weight of each model's logits, as 1,0.5; default: equal.")
@@ -107,7 +107,7 @@ def combine_command(
     ] = None,
 ) -> None:
     """Make several models one: the weighted mean of their logits, calibrated anew; context, views and decision rule
-    are the first model's unless `--set` says otherwise.
+    are the first model's unless `--set` says otherwise. One model alone gets these without being trained again.
     """
     from images.importer import open_dataset
     from records.models import find_bundle

@@ -56,6 +56,8 @@ def shares_of(weights: str | Sequence[float] | None, count: int) -> list[float]:
 
     Raises ConfigError: they are not as many positive numbers as there are models.
     """
+    if not count:
+        raise ConfigError("name one model or more")
     weights = [1.0] * count if weights is None else weights
     try:
         given = [float(one) for one in (weights.split(",") if isinstance(weights, str) else weights)]
@@ -78,7 +80,7 @@ def combine_and_register(
 
     Args:
         store: with the images; it gets the bundle.
-        bundles: the members, two or more.
+        bundles: the members; one alone is calibrated anew, with other views, context or decision rule.
         weights: of the members' logits, adding up to 1.
         dataset: the version whose val and calibration splits fit what follows the logits.
         settings: views, context, decision and threads are read from it.
@@ -141,8 +143,6 @@ def combine(
 
 def _require_fitting(bundles: Sequence[Bundle]) -> None:
     """Refuse members whose networks cannot stand side by side, before anything is computed."""
-    if len(bundles) < 2:
-        raise ConfigError("an ensemble needs two models or more")
     ids = [bundle.id for bundle in bundles]
     twice = next((one for one in ids if ids.count(one) > 1), None)
     if twice is not None:

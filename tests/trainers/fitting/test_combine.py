@@ -129,7 +129,7 @@ def test_models_that_do_not_fit_together_are_refused(
         name: replace(first, id=name[0] * 64, document=first.document.model_copy(update=fields))
         for name, fields in changed.items()
     }
-    refused(ConfigError, "two models or more", first)
+    refused(ConfigError, "one model or more")
     refused(ConfigError, "named twice", first, first)
     larger = make_bundle(filled_store, "custom_cnn", 0, 64, dataset_id=dataset.id)
     refused(ConfigError, "differ in side .* 32 center, .* 64 center", first, larger)
@@ -146,6 +146,23 @@ def test_models_that_do_not_fit_together_are_refused(
     # Another image of a group that was trained on is as bad as the image.
     renamed = swapped.assign(image_id=[f"{number:064x}" for number in range(len(swapped))])
     refused(RefusedError, "others of their groups", *members, of=replace(dataset, id="d" * 64, rows=renamed))
+
+
+def test_one_model_is_calibrated_anew_with_other_views_and_context(
+    filled_store: Store, dataset: DatasetVersion, members: list[Bundle]
+) -> None:
+    whole = combine(filled_store, members[:1], shares_of(None, 1), dataset, SETTINGS)
+    assert (whole.document.views, members[0].document.context) == (2, None)
+    assert whole.document.context is not None
+    assert [member.model_id for member in whole.document.members] == [members[0].id]
+    found, alone = (
+        predict_split(filled_store, bundle, dataset, Split.VAL, actor="test") for bundle in (whole, members[0])
+    )
+    assert found.logits == pytest.approx(alone.logits, abs=1e-5)
+    once = combine(filled_store, members[:1], [1.0], dataset, SETTINGS.with_values({"views": 1, "context": False}))
+    assert (once.document.views, once.document.context) == (1, None)
+    one_view = predict_split(filled_store, once, dataset, Split.VAL, actor="test").logits
+    assert np.abs(one_view - alone.logits).max() > 1e-3
 
 
 def test_an_ensemble_is_not_trained_further(
