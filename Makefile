@@ -93,6 +93,7 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	$(BIN)/python -m bench.drills.label_chaos --items 2000 --kills 20
 	$(BIN)/python -m bench.drills.two_nodes --trials 6 --epochs 8
 	$(BIN)/python -m bench.drills.three_nodes
+	$(BIN)/python -m bench.drills.scaling --nodes 3 --loopback --device-ms 200 --rollout --kill-every 20
 	$(BIN)/python -m bench.drills.soak --minutes $(or $(MINUTES),10)
 
 audit: setup $(AUDIT_TOOLS)/.installed  ## bills of materials, and known vulnerabilities of what is pinned (asks OSV)

@@ -14,8 +14,6 @@ the audit chain holds. Prints one JSON object; the exit code is 1 if something i
 import argparse
 import json
 import os
-import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -23,15 +21,14 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from subprocess import DEVNULL, Popen, run
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
-from bench.drills.two_nodes import prepare_ray, trials_of
+from bench.drills.nodes import PREFIX, Namespaces, Nodes, prepare_ray
+from bench.drills.two_nodes import trials_of
 
 NODE_CPUS = 3
-PREFIX, BRIDGE, HOSTS = "10.98.0", "relook-bridge", Path("/etc/netns")
-HEAD = f"{PREFIX}.1"
 REPLACED_AFTER_S = 10.0
 ENOUGH_PREDICTIONS = 20
 STAGES = ("search", "fit", "serving")
@@ -73,137 +70,6 @@ def has_process(raylet: int, *words: str) -> bool:
             if title.startswith("ray::") and any(word in title for word in words):
                 return True
     return False
-
-
-class Namespaces:
-    """Networks of their own for worker nodes, joined by a bridge. Everything is removed at the end.
-
-    Args:
-        scratch: a folder of its own for every node is made here.
-    """
-
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
-        self._names: list[str] = []
-
-    def __enter__(self) -> Self:
-        """Make the bridge, which is the head's network."""
-        _ip(f"link add {BRIDGE} type bridge")
-        _ip(f"addr add {HEAD}/24 dev {BRIDGE}")
-        _ip(f"link set {BRIDGE} up")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End every node and remove every network."""
-        for name in self._names:
-            self.kill(name)
-            _ip(f"netns del {name}")
-            shutil.rmtree(HOSTS / name)
-        _ip(f"link del {BRIDGE}")
-
-    def start(self, name: str, number: int, head: str, temp_dir: Path) -> "Popen[bytes]":
-        """Start a worker node in a network of its own, with a folder of its own at Ray's path."""
-        address, own = f"{PREFIX}.{number + 1}", self._scratch / name
-        own.mkdir()
-        (HOSTS / name).mkdir(parents=True)
-        # Training workers find each other by the name of their machine, which all share here.
-        (HOSTS / name / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
-        self._names.append(name)
-        _ip(f"netns add {name}")
-        _ip(f"link add {name} type veth peer name eth0 netns {name}")
-        _ip(f"link set {name} master {BRIDGE} up")
-        for what in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
-            _ip(f"-n {name} {what}")
-        ray = f"{Path(sys.executable).parent / 'ray'} start --address={head} --node-ip-address={address}"
-        inside = f"mount --bind {own} {temp_dir} && exec {ray} --num-cpus={NODE_CPUS} --block"
-        with (self._scratch / f"{name}.log").open("wb") as log:
-            return Popen(["ip", "netns", "exec", name, "sh", "-c", inside], stdout=log, stderr=log)
-
-    def raylet(self, name: str) -> int | None:
-        """Return the process id of a node's raylet, once it has started."""
-        for process in self._processes(name):
-            with suppress(psutil.Error):
-                if process.name() == "raylet":
-                    return process.pid
-        return None
-
-    def kill(self, name: str) -> int:
-        """Kill everything in a network namespace; return the number of processes."""
-        dying = self._processes(name)
-        for process in dying:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        return len(dying)
-
-    @staticmethod
-    def _processes(name: str) -> list[psutil.Process]:
-        found = []
-        for pid in _ip(f"netns pids {name}").split():
-            with suppress(psutil.NoSuchProcess):
-                found.append(psutil.Process(int(pid)))
-        return found
-
-
-def _ip(arguments: str) -> str:
-    return run(["ip", *arguments.split()], check=True, capture_output=True, text=True).stdout
-
-
-class Nodes:
-    """A head and two workers, of which one is killed at a time and replaced.
-
-    Args:
-        ray_folder: for Ray's sockets and logs; short, because of the sockets' paths.
-        namespaces: where every worker gets a network of its own; None is loopback for all.
-    """
-
-    def __init__(self, ray_folder: Path, namespaces: Namespaces | None) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._namespaces = namespaces
-        self._common = {
-            "node_ip_address": HEAD if namespaces else "127.0.0.1", "temp_dir": str(ray_folder / "t"),
-            "include_dashboard": False,
-        }  # fmt: skip
-        # Any: half of the methods of Ray's test cluster have no annotations.
-        self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | self._common)
-        self._temp_dir = ray_folder / "t"
-        self._workers: dict[str, Any] = {}
-        self._made = 0
-        for _ in range(2):
-            self.add()
-
-    @property
-    def raylets(self) -> dict[str, int]:
-        """Process ids of the workers' raylets that have started, by node."""
-        found = {}
-        for name, node in self._workers.items():
-            if self._namespaces is None:
-                found[name] = node.all_processes["raylet"][0].process.pid
-            elif raylet := self._namespaces.raylet(name):
-                found[name] = raylet
-        return found
-
-    def add(self) -> None:
-        """Start a worker node."""
-        self._made += 1
-        name = f"relook{self._made}"
-        if self._namespaces is None:
-            self._workers[name] = self.cluster.add_node(wait=False, num_cpus=NODE_CPUS, **self._common)
-        else:
-            self._workers[name] = self._namespaces.start(name, self._made, self.cluster.address, self._temp_dir)
-
-    def kill(self, name: str) -> int:
-        """Kill a node with everything on it; return the number of processes."""
-        node = self._workers.pop(name)
-        if self._namespaces is not None:
-            return self._namespaces.kill(name)
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        dying = [*raylet.children(recursive=True), raylet]
-        for process in dying:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
-        return len(dying)
 
 
 class Killer:
@@ -319,10 +185,9 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         home, said = folder / "home", folder / "summary.json"
         prepare_ray(Path(ray_folder), on_loopback=namespaces is None)
-        (Path(ray_folder) / "t").mkdir()
         if arguments.tls:
             encrypt(Path(scratch))
-        nodes = Nodes(Path(ray_folder), namespaces)
+        nodes = Nodes(Path(ray_folder), namespaces, NODE_CPUS)
         began_s = time.monotonic()
         demo = start_demo(home, nodes.cluster.address, arguments.lesions, root, said)
         killer = Killer(nodes, home, demo)

@@ -10,9 +10,7 @@ may never go back. Prints one JSON line; the exit code is 1 if something is wron
 
 import argparse
 import json
-import os
 import re
-import secrets
 import sys
 import tempfile
 import threading
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from bench.drills.nodes import prepare_ray
 
 NODE_CPUS = 1
 KILL_AFTER_EPOCHS = 2
@@ -162,22 +162,6 @@ def compare(killed: dict[str, Any], whole: dict[str, Any], epochs: int) -> dict[
         "seconds_with_kill": round(killed["seconds"], 1), "seconds_without": round(whole["seconds"], 1),
         "wrong": wrong,
     }  # fmt: skip
-
-
-def prepare_ray(folder: Path, *, on_loopback: bool = True) -> None:
-    """Set what Ray reads when it is imported: a token of this run's own, and on request no address but loopback."""
-    token = folder / "token"
-    token.touch(0o600)
-    token.write_text(secrets.token_hex(32))
-    (folder / "ray").mkdir()
-    os.environ |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        # Where a head notes its address; Ray makes this folder only for sessions that it starts by itself.
-        "RAY_TMPDIR": str(folder),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(not on_loopback)),
-    }
 
 
 def both_searches(folder: Path, ray_folder: Path, lesions: int, epochs: int, trials: int) -> list[dict[str, Any]]:
