@@ -233,9 +233,11 @@ class LocalLabelStudio:
         program = str(self.environment.program)
         arguments = ["start", "--no-browser", "--internal-host", _HOST, "--port", str(port)]
         log = str(self.log_file)
+        # In the home: it does not start in a folder that is removed, as Ray's driver is in for a moment, and looks for
+        # files of its own where it is.
         pid = os.posix_spawn(
-            program,
-            [program, *arguments],
+            "/bin/sh",
+            ["sh", "-c", 'cd "$0" && exec "$@"', str(self._home.label_studio), program, *arguments],
             variables,
             setsid=True,
             file_actions=[

@@ -6,6 +6,7 @@ of its own, so that nothing can be reached that is not reached between machines;
 
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import sys
@@ -17,8 +18,15 @@ from typing import Any, Self
 
 import psutil
 
+ROOT = Path(__file__).resolve().parents[2]
 PREFIX, BRIDGE, HOSTS = "10.98.0", "relook-bridge", Path("/etc/netns")
 HEAD = f"{PREFIX}.1"
+RAY = """
+from ray.scripts.scripts import main
+from cluster.daemons import time_for_a_slow_node
+with time_for_a_slow_node():
+    main()
+"""
 
 
 def prepare_ray(folder: Path, *, on_loopback: bool = True) -> None:
@@ -76,10 +84,10 @@ class Namespaces:
         _ip(f"link set {name} master {BRIDGE} up")
         for what in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             _ip(f"-n {name} {what}")
-        ray = f"{Path(sys.executable).parent / 'ray'} start --address={head} --node-ip-address={address}"
+        ray = f"{sys.executable} -c {shlex.quote(RAY)} start --address={head} --node-ip-address={address}"
         inside = f"mount --bind {own} {temp_dir} && exec {ray} --num-cpus={cpus} --block"
         with (self._scratch / f"{name}.log").open("wb") as log:
-            return Popen(["ip", "netns", "exec", name, "sh", "-c", inside], stdout=log, stderr=log)
+            return Popen(["ip", "netns", "exec", name, "sh", "-c", inside], cwd=ROOT, stdout=log, stderr=log)
 
     def raylet(self, name: str) -> int | None:
         """Return the process id of a node's raylet, once it has started."""
@@ -122,6 +130,8 @@ class Nodes:
     def __init__(self, ray_folder: Path, namespaces: Namespaces | None, cpus: int) -> None:
         from ray.cluster_utils import Cluster
 
+        from cluster.daemons import time_for_a_slow_node
+
         self._namespaces, self._cpus = namespaces, cpus
         self._temp_dir = ray_folder / "t"
         self._temp_dir.mkdir()
@@ -130,7 +140,8 @@ class Nodes:
             "include_dashboard": False,
         }  # fmt: skip
         # Any: half of the methods of Ray's test cluster have no annotations.
-        self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | self._common)
+        with time_for_a_slow_node():
+            self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | self._common)
         self._workers: dict[str, Any] = {}
         self._made = 0
         for _ in range(2):
@@ -147,7 +158,7 @@ class Nodes:
                 found[name] = raylet
         return found
 
-    def wait(self, timeout_s: float = 120.0) -> None:
+    def wait(self, timeout_s: float = 600.0) -> None:
         """Wait until both workers have joined; Ray has to be initialised.
 
         Raises:
@@ -163,10 +174,13 @@ class Nodes:
 
     def add(self) -> None:
         """Start a worker node."""
+        from cluster.daemons import time_for_a_slow_node
+
         self._made += 1
         name = f"relook{self._made}"
         if self._namespaces is None:
-            self._workers[name] = self.cluster.add_node(wait=False, num_cpus=self._cpus, **self._common)
+            with time_for_a_slow_node():
+                self._workers[name] = self.cluster.add_node(wait=False, num_cpus=self._cpus, **self._common)
         else:
             where = (self.cluster.address, self._temp_dir)
             self._workers[name] = self._namespaces.start(name, self._made, *where, self._cpus)

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,8 @@ def main() -> int:
     """Train a small model, then run the drill."""
     options = options_of()
     with ExitStack() as stack:
+        # Ray prints there that predictors were killed.
+        stack.enter_context(redirect_stdout(sys.stderr))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relook-scaling-")))
         records = RecordsSettings(home=folder / "home")
         sets, nodes = ["cluster.logical_cpus=8", f"records.home={records.home}"], None

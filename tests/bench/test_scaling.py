@@ -24,6 +24,10 @@ def test_replicas_follow_the_load_and_no_request_fails(ray_session: Any, tmp_pat
         # Ray Serve's own declarations are not clean under the newest pydantic.
         warnings.simplefilter("ignore")
         from bench.drills.scaling import drill
+        from serving.remote import APPLICATION
+
+    # The processes that the drill kills.
+    assert f"ServeReplica:{APPLICATION}:predictor" == TITLE
 
     store = open_store(RecordsSettings(home=tmp_path / "home"))
     serve_bundle(store, make_bundle(store, 0, bias={"bcc": -2.0}))
@@ -69,9 +73,3 @@ def test_a_worker_node_has_room_for_half_of_the_predictors_and_the_explainer_and
     assert settings.needed_cpus <= WORKERS * NODE_CPUS
     assert settings.ingress_cpus == 0  # the head has none
     assert settings.max_batch_size == settings_for(8000, most).max_batch_size == 1
-
-
-def test_predictors_are_found_by_the_title_that_ray_serve_gives_their_processes() -> None:
-    from serving.remote import APPLICATION
-
-    assert f"ServeReplica:{APPLICATION}:predictor" == TITLE

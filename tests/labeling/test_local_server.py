@@ -39,6 +39,7 @@ def test_it_listens_on_loopback_only_and_keeps_its_secrets(server: ServerInfo, h
     listening = [c.laddr for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
     assert {address.ip for address in listening} == {"127.0.0.1"}
     assert os.getsid(server.pid) == server.pid, "a session of its own outlasts the caller's terminal"
+    assert Path(process.cwd()) == home.label_studio, "the caller's folder may be removed"
 
     password, token = server.password.get_secret_value(), server.token.get_secret_value()
     assert len(token) == 40
