@@ -232,9 +232,7 @@ class LocalLabelStudio:
         )
         program = str(self.environment.program)
         arguments = ["start", "--no-browser", "--internal-host", _HOST, "--port", str(port)]
-        log = str(self.log_file)
-        # In the home: it does not start in a folder that is removed, as Ray's driver is in for a moment, and looks for
-        # files of its own where it is.
+        # In the home, since the caller may be in a folder that is removed, as the driver of Ray is for a moment.
         pid = os.posix_spawn(
             "/bin/sh",
             ["sh", "-c", 'cd "$0" && exec "$@"', str(self._home.label_studio), program, *arguments],
@@ -242,7 +240,7 @@ class LocalLabelStudio:
             setsid=True,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+                (os.POSIX_SPAWN_OPEN, 1, str(self.log_file), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
         )

@@ -161,6 +161,8 @@ class Nodes:
     def wait(self, timeout_s: float = 600.0) -> None:
         """Wait until both workers have joined; Ray has to be initialised.
 
+        Args:
+            timeout_s: how long.
         Raises:
             TimeoutError: they did not in time.
         """
