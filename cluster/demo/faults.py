@@ -17,11 +17,7 @@ def harmed_copy(store: Store, bundle: Bundle) -> Bundle:
     bias[store.taxonomy.index_of(code)] -= 6.0
     calibration = bundle.document.calibration.model_copy(update={"bias": bias})
     document = bundle.document.model_copy(
-        update={
-            "calibration": calibration,
-            "parent_model_id": bundle.id,
-            "metrics": {"fault": f"{code} suppressed"},
-        }
+        update={"calibration": calibration, "parent_model_id": bundle.id, "metrics": {"fault": f"{code} suppressed"}}
     )
     return write_bundle(store, document, bundle.weights(), bundle.golden(), bundle.suitability())
 
@@ -29,10 +25,7 @@ def harmed_copy(store: Store, bundle: Bundle) -> Bundle:
 def twin(store: Store, bundle: Bundle) -> Bundle:
     """Return a copy of a model under a new id; its predictions are the same, so a swap to it changes no response."""
     document = bundle.document.model_copy(
-        update={
-            "parent_model_id": bundle.id,
-            "metrics": {**bundle.document.metrics, "fault": "copy for a swap"},
-        }
+        update={"parent_model_id": bundle.id, "metrics": {**bundle.document.metrics, "fault": "copy for a swap"}}
     )
     return write_bundle(store, document, bundle.weights(), bundle.golden(), bundle.suitability())
 

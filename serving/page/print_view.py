@@ -15,14 +15,7 @@ from records.store import Store, read_image
 from records.types import Consent, Image, Prediction, ReviewItem
 from serving.messages import HeatMap
 from serving.page.heat_map import method_text
-from serving.page.prediction_view import (
-    NOT_KNOWN,
-    accuracy_text,
-    context_text,
-    label_text,
-    set_text,
-    state_text,
-)
+from serving.page.prediction_view import NOT_KNOWN, accuracy_text, context_text, label_text, set_text, state_text
 from serving.page.render import render
 from serving.registry import model_details
 from serving.responses import explanation_body, prediction_body

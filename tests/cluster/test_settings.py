@@ -58,6 +58,7 @@ def test_every_preset_is_whole_distinct_and_survives_the_loader() -> None:
         "dissertation_mini",
         "dissertation_leaky",
         "ham10000_cpu",
+        "ham10000_gpu",
         "ham10000_vit",
     }
     hashes = set()
