@@ -1,6 +1,7 @@
 """Explanations compute at a priority of their own, and the replica around them does not."""
 
 import asyncio
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,9 +22,12 @@ def policy() -> tuple[int, int]:
 
 
 def policies() -> set[tuple[int, int]]:
-    """The policies of all threads of this process."""
-    threads = map(int, os.listdir("/proc/self/task"))
-    return {(os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)) for thread in threads}
+    """The policies of all threads of this process; those of other tests may end meanwhile."""
+    found = set()
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(ProcessLookupError):
+            found.add((os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)))
+    return found
 
 
 @pytest.mark.parametrize("method", list(METHODS))
