@@ -330,8 +330,10 @@ class Ledger:
             checkpoint(self.engine)
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; one that a thread still uses, when it comes back."""
+        pool = self.engine.pool
         self.engine.dispose()
+        sa.event.listen(pool, "checkin", lambda connection, _: connection.close())
 
 
 def open_ledger(

@@ -208,3 +208,15 @@ def test_blobs_in_object_storage() -> None:
 
 def test_an_item_is_marked_by_whatever_changes_what_its_task_shows(pg_store: Store, sample: Callable[..., Any]) -> None:
     assert marks_after_changes(pg_store, sample) == MARKED
+
+
+def test_a_connection_that_a_thread_still_uses_is_closed_when_it_comes_back(database: str) -> None:
+    ledger = open_ledger(database)
+    with ledger.read() as tx:
+        used: Any = tx.connection.connection.dbapi_connection
+        ledger.close()
+        assert not tx.find(Image)
+    assert used.closed
+    with ledger.read() as tx:  # a ledger that is closed connects anew
+        assert not tx.find(Image)
+    ledger.close()

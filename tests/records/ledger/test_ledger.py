@@ -1,4 +1,5 @@
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -171,6 +172,17 @@ def test_what_is_no_database_does_not_answer(tmp_path: Path) -> None:
     (tmp_path / "ledger.db").mkdir()
     with pytest.raises(UnavailableError, match="does not respond: unable to open database file"):
         open_ledger(f"sqlite:///{tmp_path}/ledger.db")
+
+
+def test_a_connection_that_a_thread_still_uses_is_closed_when_it_comes_back(ledger: Ledger) -> None:
+    with ledger.read() as tx:
+        used: Any = tx.connection.connection.dbapi_connection
+        ledger.close()
+        assert not tx.find(Image)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        used.execute("SELECT 1")
+    with ledger.read() as tx:  # a ledger that is closed connects anew
+        assert not tx.find(Image)
 
 
 def test_threads_share_a_ledger(ledger: Ledger) -> None:
