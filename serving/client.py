@@ -139,10 +139,7 @@ class Client:
         else:
             body = context.model_dump_json(exclude_none=True)
             sent = {
-                "files": {
-                    "image": ("image", image, _media_type(image)),
-                    "context": (None, body, "application/json"),
-                }
+                "files": {"image": ("image", image, _media_type(image)), "context": (None, body, "application/json")}
             }
         response = self._send("POST", "/v1/predictions", headers=headers, params=parameters, **sent)
         return _parsed(PredictionResponse, response)
@@ -164,11 +161,7 @@ class Client:
         return _parsed(PredictionPage, self._send("GET", "/v1/predictions", params=parameters))
 
     def predict_many(
-        self,
-        images: Sequence[bytes],
-        *,
-        contexts: Sequence[Context] | None = None,
-        idempotency_key: str | None = None,
+        self, images: Sequence[bytes], *, contexts: Sequence[Context] | None = None, idempotency_key: str | None = None
     ) -> BatchResponse:
         """Predict several images; an unusable image does not stop the others.
 

@@ -27,7 +27,7 @@ from serving.messages import ServingState
 from serving.schemas import ClassInfo, ServedModelInfo
 from serving.settings import ServingSettings, compute_threads
 from serving.words import status_text
-from vision.inference.engines import load_engine
+from vision.inference.engines import load_engine, resolve_device
 from vision.inference.loaded import LoadedModel, load_model
 from vision.precision import PrecisionChoice
 
@@ -180,8 +180,14 @@ def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> 
     # The first forward pass of a batch size allocates memory and chooses kernels; requests should not wait for that.
     for size in loaded.warm_sizes(settings.max_batch_size):
         loaded.predict(golden[[0] * size], gradcam=True)
-    size = all_cores_from(loaded, golden[:1], compute_threads(settings.predictor_cpus), settings.max_batch_size)
+    size = all_cores_from(loaded, golden[:1], cores_of(settings), settings.max_batch_size)
     return ServedModel(named.id, named.status.value, loaded, bundle.document, utc_now(), difference, size)
+
+
+def cores_of(settings: ServingSettings) -> int:
+    """Return how many batches compute at once; on a GPU one does, and the next one is gathered meanwhile."""
+    on_cpu = settings.engine == "openvino" or resolve_device(settings.device) == "cpu"
+    return compute_threads(settings.predictor_cpus) if on_cpu else 1
 
 
 def all_cores_from(

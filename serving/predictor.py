@@ -31,14 +31,13 @@ from records.images import is_dicom
 from records.parts import in_parts
 from records.store import Store
 from records.types import Consent, Prediction, RolloutStage
-from serving.holder import ModelHolder
+from serving.holder import ModelHolder, cores_of
 from serving.images import take_in
 from serving.messages import PredictionRequest, ServingState, StoredPrediction
 from serving.outbox import StoredImage, review_of
 from serving.recording import Job, Recorder, Result, allowed_jobs, pixels_of, same_image
 from serving.rollout.candidate import CandidateOutput, CandidateRows, CandidateRunner
-from serving.settings import ServingSettings, compute_threads
-from vision.inference.engines import resolve_device
+from serving.settings import ServingSettings
 from vision.inference.output import BatchOutput
 
 logger = logging.getLogger(__name__)
@@ -86,9 +85,7 @@ class Predictor:
         self._loops: list[asyncio.Task[None]] = []
         # asyncio keeps only weak references to tasks, so running ones are kept here until they end.
         self._background: set[asyncio.Task[None]] = set()
-        # On a GPU one batch computes at a time; the next one is gathered meanwhile.
-        on_cpu = settings.engine == "openvino" or resolve_device(settings.device) == "cpu"
-        self._cores = compute_threads(settings.predictor_cpus) if on_cpu else 1
+        self._cores = cores_of(settings)
         # A slot is held from the forward pass to the commit, a core only during the forward pass. One slot more than
         # cores lets a batch compute while another waits for its commit. With more slots, batches would leave the
         # queue earlier and smaller, only to wait for the write thread: more latency, no more throughput.
