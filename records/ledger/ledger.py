@@ -333,7 +333,8 @@ class Ledger:
         """Close all connections; one that a thread still uses, when it comes back."""
         pool = self.engine.pool
         self.engine.dispose()
-        sa.event.listen(pool, "checkin", lambda connection, _: connection.close())
+        # A connection that was lost meanwhile comes back as None.
+        sa.event.listen(pool, "checkin", lambda connection, _: connection and connection.close())
 
 
 def open_ledger(

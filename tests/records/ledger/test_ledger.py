@@ -185,6 +185,14 @@ def test_a_connection_that_a_thread_still_uses_is_closed_when_it_comes_back(ledg
         assert not tx.find(Image)
 
 
+def test_a_connection_that_is_lost_while_the_ledger_closes_raises_nothing_more(ledger: Ledger) -> None:
+    with ledger.engine.connect() as connection:
+        ledger.close()
+        connection.invalidate()
+    with ledger.read() as tx:
+        assert not tx.find(Image)
+
+
 def test_threads_share_a_ledger(ledger: Ledger) -> None:
     def write(thread: int) -> None:
         for number in range(20):
