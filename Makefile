@@ -10,8 +10,9 @@ AUDIT_TOOLS := build/audit-tools
 # Four processes of tests, with the servers that they start, take 9 GB; three take 7.
 TEST_PROCESSES ?= $(shell awk '/^MemTotal/ {print $$2 < 12000000 ? 3 : 4}' /proc/meminfo 2>/dev/null || echo 3)
 # A test beyond its timeout (900 s, pyproject.toml) gets an exception. One that still waits a minute later, for a thread
-# of its own that never ends, is ended with its process: its threads are printed, and another process takes over.
-HUNG_TESTS := -o faulthandler_timeout=960 -o faulthandler_exit_on_timeout=true
+# of its own that never ends, is ended with its process: its threads are printed, and another process takes over. That
+# one runs the test again, so no more than one is started.
+HUNG_TESTS := -o faulthandler_timeout=960 -o faulthandler_exit_on_timeout=true --max-worker-restart 1
 IN_PROCESSES := -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(HUNG_TESTS)
 PIP := $(BIN)/pip install --disable-pip-version-check
 

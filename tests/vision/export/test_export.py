@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster import cli
 from records.errors import ConfigError, IntegrityError
 from records.ids import sha256_hex
 from tests.vision.checked import side_of, weights_hash, write_checked_bundle
@@ -233,19 +233,13 @@ def test_a_graph_that_computes_something_else_is_not_kept(checked_bundle, tmp_pa
 
 
 def test_the_command_writes_the_folder(model_store, checked_bundle, tmp_path: Path, monkeypatch, capsys):
-    main = import_module("cluster.cli").main
     bundle = checked_bundle("custom_cnn")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RELOOK_HOME", str(model_store.home.root))
-    words = ["relook", "models", "export", str(bundle.path), "--json"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = json.loads(capsys.readouterr().out)
-    assert ended.value.code == 0, printed
+    words = ["models", "export", str(bundle.path), "--json"]
+    code, printed = cli.run(words), json.loads(capsys.readouterr().out)
+    assert code == 0, printed
     assert printed["folder"] == f"{bundle.id[:12]}-onnx"
     assert (tmp_path / printed["folder"] / "example.py").is_file()
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
+    assert cli.run(words) == 2
     assert "overwrites nothing" in capsys.readouterr().err
