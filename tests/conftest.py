@@ -67,6 +67,9 @@ SERVERS = {"ray_session": "Ray", "server": "Label Studio", "new_database": "Post
 
 GROUP = pytest.StashKey[str]()
 
+RUNNING: dict[str, contextlib.ExitStack] = {}
+"""Servers that run, by name."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _closed_environment() -> Iterator[None]:
@@ -212,12 +215,33 @@ def ray_settings(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
 
 
 @pytest.fixture(scope="session")
-def ray_session(ray_settings: "Settings") -> Iterator["RaySession"]:
+def until_last_test() -> Iterator[Callable[[str], contextlib.ExitStack]]:
+    """Return where a server is entered by its name; it ends after the last test that shares it.
+
+    Until the end of the process it would take memory and a twentieth of a core beside all other tests.
+    """
+    yield lambda server: RUNNING.setdefault(server, contextlib.ExitStack())
+    for server in list(RUNNING):  # the tests were interrupted
+        RUNNING.pop(server).close()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """End the server that no later test shares."""
+    try:
+        return (yield)
+    finally:
+        group = item.stash[GROUP]
+        if group in RUNNING and (nextitem is None or nextitem.stash[GROUP] != group):
+            RUNNING.pop(group).close()
+
+
+@pytest.fixture(scope="session")
+def ray_session(ray_settings: "Settings", until_last_test: Callable[[str], contextlib.ExitStack]) -> "RaySession":
     """One real Ray for all tests that need one: token authentication, 4 logical CPUs, loopback."""
     from cluster.session import start_ray
 
-    with start_ray(ray_settings) as session:
-        yield session
+    return until_last_test("Ray").enter_context(start_ray(ray_settings))
 
 
 @pytest.fixture(scope="session")

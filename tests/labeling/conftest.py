@@ -1,6 +1,7 @@
 """One real Label Studio for the whole session, and a fresh store with generated images for each test."""
 
 import base64
+import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -50,11 +51,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @pytest.fixture(scope="session")
-def server(home: Home, settings: LabelingSettings) -> Iterator[ServerInfo]:
+def server(
+    home: Home, settings: LabelingSettings, until_last_test: Callable[[str], contextlib.ExitStack]
+) -> ServerInfo:
     # Started so that webhooks may reach this machine; which project sends them is up to each test.
     local = LocalLabelStudio(home, settings.model_copy(update={"webhook_url": "http://127.0.0.1:8000"}))
-    yield local.up(lambda text: print(text))
-    assert local.down()
+    info = local.up(lambda text: print(text))
+
+    def end() -> None:
+        assert local.down()
+
+    until_last_test("Label Studio").callback(end)
+    return info
 
 
 @pytest.fixture(scope="session")
