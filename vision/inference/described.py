@@ -24,7 +24,7 @@ def pooled_features(features: Tensor) -> Tensor:
     mean = flat.mean(dim=2)
     if flat.shape[1] >= FEW_CHANNELS:
         return mean
-    return torch.cat([mean, flat.std(dim=2, correction=0), flat.amax(dim=2)], dim=1)
+    return torch.cat([mean, _deviation(flat, mean), flat.amax(dim=2)], dim=1)
 
 
 def first_convolution(network: nn.Module) -> nn.Module:
@@ -57,6 +57,11 @@ def early_statistics(convolution: nn.Module, inputs: Tensor) -> Tensor:
     Returns:
         [N, 2 K], fp32.
     """
-    # correction=0: the deviation is defined for a single position, too.
     responses = convolution(inputs).flatten(2)
-    return torch.cat([responses.mean(dim=2), responses.std(dim=2, correction=0)], dim=1)
+    mean = responses.mean(dim=2)
+    return torch.cat([mean, _deviation(responses, mean)], dim=1)
+
+
+def _deviation(values: Tensor, mean: Tensor) -> Tensor:
+    # Tensor.std takes ten times as long on a CPU.
+    return (values - mean.unsqueeze(2)).square().mean(dim=2).sqrt()
