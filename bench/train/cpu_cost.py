@@ -31,7 +31,7 @@ from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 from vision.networks import build_model
-from vision.precision import resolve_precision
+from vision.precision import training_precision
 
 
 def loop_cost(settings: TrainersSettings, data: TrainingData, taxonomy: Taxonomy, steps: int) -> float:
@@ -46,7 +46,7 @@ def loop_cost(settings: TrainersSettings, data: TrainingData, taxonomy: Taxonomy
         None,
         build_loss(settings.loss, data.labels[data.train_index], taxonomy, sampler=settings.sampler),
         Geometry(side_px=settings.model.side_px, scaling=settings.model.pixel_scaling),
-        resolve_precision(settings.precision),
+        training_precision(settings.precision, network),
         torch.device("cpu"),
         settings.optimizer,
     )

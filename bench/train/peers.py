@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from bench.train.raw import precision_of
 from records.store import Store, find_images
 from trainers.fitting.training_data import DataPlan
 from trainers.settings import TrainersSettings
-from vision.precision import resolve_precision
 
 SCRIPTS = Path(__file__).resolve().parent
 KNOWN_MODELS = ("custom_cnn", "resnet18", "efficientnet_lite0")
@@ -60,8 +60,7 @@ class Peers:
         if python is None:
             self.reasons[key] = "Lightning is not measured unless --lightning-python names an environment that has it"
             return None
-        precision = resolve_precision(self._settings.precision)
-        return self._rate(key, "lightning_script.py", str(python), ["--precision", precision])
+        return self._rate(key, "lightning_script.py", str(python), ["--precision", precision_of(self._settings)])
 
     def _rate(self, key: str, script: str, python: str, more: list[str]) -> float | None:
         settings = self._settings

@@ -13,7 +13,7 @@ from trainers.fitting.workers import choose_device, compute_threads, threads_of
 from trainers.optimization.optimizers import build_optimizer
 from trainers.settings import TrainersSettings
 from vision.networks import build_model
-from vision.precision import autocast, resolve_precision
+from vision.precision import Precision, autocast, training_precision
 from vision.preprocess import scale_pixels, to_tensor
 
 RAW_S = 6.0
@@ -39,7 +39,6 @@ def raw_rate(
         Images per second.
     """
     device = choose_device(settings.workers.use_gpu)
-    precision = resolve_precision(settings.precision, str(device))
     random = np.random.default_rng(0)
     side_px, batch = settings.model.side_px, settings.images_per_step
     pixels = random.integers(0, 256, (batch, side_px, side_px, 3), dtype=np.uint8)
@@ -48,6 +47,7 @@ def raw_rate(
     with compute_threads(threads_of(settings.workers)), torch.random.fork_rng():
         network = build_model(settings.model.name, num_classes, **settings.model.options).to(device)
         network = network.to(memory_format=torch.channels_last).train()
+        precision = training_precision(settings.precision, network, str(device))
         optimizer = build_optimizer(network, settings.optimizer)
         # Whichever loss the settings name, its share of a step is too small to measure.
         loss_of = nn.CrossEntropyLoss()
@@ -67,3 +67,9 @@ def raw_rate(
             float(loss.detach())
             steps += 1
         return steps * batch / (clock() - began)
+
+
+def precision_of(settings: TrainersSettings) -> Precision:
+    """Return the number format that settings train in."""
+    network = build_model(settings.model.name, 2, **settings.model.options)
+    return training_precision(settings.precision, network, str(choose_device(settings.workers.use_gpu)))

@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from bench.train.peers import Peers
 from bench.train.plans import Plan, busy_neighbour, plans, two_share
-from bench.train.raw import raw_rate
+from bench.train.raw import precision_of, raw_rate
 from images.importer import import_folder
 from images.synth import synthesize
 from records.arrays import UInt8Array
@@ -42,9 +42,7 @@ from trainers.fitting.feeding import Feeder
 from trainers.fitting.job import job_of
 from trainers.fitting.one_worker import TASK_NAME
 from trainers.fitting.training_data import DataPlan, plan_data
-from trainers.fitting.workers import choose_device
 from trainers.settings import TrainersSettings
-from vision.precision import resolve_precision
 from vision.seeding import image_keys, image_seeds
 
 EPOCHS = 4
@@ -157,7 +155,7 @@ class Bench:
             "model": alone.model.name,
             "side_px": alone.model.side_px,
             "batch_size": alone.images_per_step,
-            "precision": resolve_precision(alone.precision, str(choose_device(alone.workers.use_gpu))),
+            "precision": precision_of(alone),
             "threads": cores,
             "train_images": plan.num_train,
             "load_average_before": _round(load),

@@ -2,15 +2,39 @@
 
 import pytest
 import torch
+from torch import nn
 
 from records.errors import ConfigError
-from vision.precision import autocast, has_native_bf16, resolve_precision
+from vision.networks import build_model
+from vision.precision import autocast, has_native_bf16, resolve_precision, training_precision
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_is_bf16_only_where_the_hardware_has_it(native, expected, monkeypatch):
     monkeypatch.setattr("vision.precision.has_native_bf16", lambda device: native)
     assert resolve_precision("auto") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, "fp32") for name in ("efficientnet_lite0", "efficientnet_lite2", "efficientnet_b0", "mobilenet_v3")),
+        *((name, "bf16") for name in ("custom_cnn", "resnet18", "densenet121", "efficientnet_v2_s", "convnext_tiny")),
+    ],
+)
+def test_on_a_cpu_a_network_trains_in_the_format_that_is_faster_for_it(name, expected, monkeypatch):
+    """As measured: bench/RESULTS.md, "Training speed"."""
+    monkeypatch.setattr("vision.precision.has_native_bf16", lambda device: True)
+    with torch.device("meta"):
+        network = build_model(name, 7)
+    assert training_precision("auto", network) == expected
+    assert training_precision("auto", network, "cuda") == "bf16"
+    assert training_precision("bf16", network) == "bf16"
+
+
+def test_without_bf16_every_network_trains_in_fp32(monkeypatch):
+    monkeypatch.setattr("vision.precision.has_native_bf16", lambda device: False)
+    assert training_precision("auto", nn.Conv2d(3, 8, 3)) == "fp32"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ from trainers.optimization.schedulers import SCHEDULERS, build_scheduler, change
 from trainers.settings import ModelSettings, TrainersSettings
 from trainers.tracking.tensorboard import EpochImages
 from vision.networks import build_model
-from vision.precision import resolve_precision
+from vision.precision import training_precision
 from vision.seeding import derive_seed
 
 STATISTICS_IMAGES = 256
@@ -210,7 +210,7 @@ class _Run:
         # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
         # is built after it, because its state has to refer to the sharded parameters.
         self._network = self._build_network(initial_weights, found)
-        self._precision = resolve_precision(settings.precision, str(group.device))
+        self._precision = training_precision(settings.precision, self._network, str(group.device))
         trained, self._data, self._scaled_by = without_frozen(
             self._network, data, self._geometry, policy, self._precision, group
         )

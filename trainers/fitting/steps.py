@@ -31,7 +31,7 @@ from trainers.optimization.optimizers import OptimizerSettings, build_optimizer
 from trainers.optimization.strategies import no_sync
 from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix, one_vs_rest_auc
 from vision.networks import build_model
-from vision.precision import Precision, autocast, resolve_precision
+from vision.precision import Precision, autocast, training_precision
 from vision.preprocess import scale_pixels, to_tensor
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def find_batch_size(settings: "TrainersSettings", device: torch.device, num_clas
         None,
         nn.CrossEntropyLoss(),
         Geometry(side_px=side_px),
-        resolve_precision(settings.precision, str(device)),
+        training_precision(settings.precision, network, str(device)),
         device,
         settings.optimizer,
         halves=False,
