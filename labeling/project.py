@@ -28,7 +28,7 @@ from records.lease import hold
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import Annotation, Cursor, ReviewItem, ReviewState
+from records.types import Annotation, Cursor, LabelValueRecord, ReviewItem, ReviewState
 
 LEASE = "labeling.sync"
 """Name of the lease that push and pull hold while they run, so that only one of them runs at a time."""
@@ -179,13 +179,18 @@ def open_project(
     ours = present is not None and marker in present.description
     webhook = webhook_fingerprint(store.home, settings.webhook_url)
     registered = cursor.position.get("webhook") == webhook
-    if present is not None and ours and registered and present.label_config == config.strip():
+    # What an annotator or administrator wrote instead stays until something new was measured.
+    text, told = _instruction(store), cursor.position.get("instruction", "") if ours else ""
+    if present is not None and ours and registered and text == told and present.label_config == config.strip():
         return Project(present.id, marker, cases=cases)
     project_id = client.ensure_project(project_key.title(settings), config, marker, PRIORITY_VERSION)
+    if text != told:
+        body = {"expert_instruction": text}
+        client.request("PATCH", f"api/projects/{project_id}", "write the instruction", body=body)
     ensure_webhook(store.home, client, project_id, settings.webhook_url)
     requeued = 0
     with store.ledger.begin() as tx:
-        position = {**cursor.position, "project_id": project_id, "webhook": webhook}
+        position = {**cursor.position, "project_id": project_id, "webhook": webhook, "instruction": text}
         tx.update(Cursor, name, position=position)
         if known is not None and not ours:
             requeued = requeue(tx, known)
@@ -198,6 +203,21 @@ def own_page(store: Store, settings: LabelingSettings, project_key: ProjectKey) 
     # Label Studio refuses a page without a control that annotations have used.
     outline = settings.outline or _is_painted(store)
     return label_config(store.taxonomy, blind=project_key.blind, cases=cases, outline=outline), cases
+
+
+def _instruction(store: Store) -> str:
+    """Return what Label Studio shows as a project's instruction: what the last annotations bought, once measured."""
+    with store.ledger.read() as tx:
+        newest = tx.find(LabelValueRecord, order_by=("-created_at", "-id"), limit=1)
+    found = newest[0].figures["last_round"] if newest else None
+    if found is None or found["gain"]["value"] is None:
+        return ""
+    gain = "{value:+.3f} (95 % interval {low:+.3f} to {high:+.3f})".format_map(found["gain"])
+    return (
+        f"<p>The annotations of round {found['number']} gave {found['new']} images their first label and changed "
+        f"{sum(found['changed'].values())}. With them balanced accuracy is {gain}: {found['set_right']} images of val "
+        f"are decided right only with them, {found['set_wrong']} only without.</p>"
+    )
 
 
 def _is_painted(store: Store) -> bool:

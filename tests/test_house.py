@@ -22,7 +22,7 @@ ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeli
 # of Gradio 1 and 40; processes that fits share 3 and 40; models that see the whole image 2 and 200;
 # features that are computed once, and killed daemons that are waited for, 1 and 150.
 MAX_MODULES = 462
-MAX_LINES = 74_960
+MAX_LINES = 74_980
 MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 
