@@ -295,9 +295,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     places: dict[str, tuple[bool, ...]] = {}
     for item in items:
         group = _group_of(item, servers)
-        of_a_server = group in SERVERS.values()
+        is_large = group in SERVERS.values() or group == "engines"
         item.stash[GROUP] = group
-        places.setdefault(group, (not of_a_server, "e2e" not in item.path.parts, item.path not in long))
+        places.setdefault(group, (not is_large, "e2e" not in item.path.parts, item.path not in long))
         if group != item.nodeid and config.getoption("loadgroup", False):  # this is one of several processes
             # What the marker `xdist_group` would do: pytest-xdist 3.8 writes the group into `_nodeid`, which pytest 9.2
             # does not read any more.
