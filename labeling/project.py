@@ -215,7 +215,7 @@ def _instruction(store: Store) -> str:
     gain = "{value:+.3f} (95 % interval {low:+.3f} to {high:+.3f})".format_map(found["gain"])
     return (
         f"<p>The annotations of round {found['number']} gave {found['new']} images their first label and changed "
-        f"{sum(found['changed'].values())}. With them balanced accuracy is {gain}: {found['set_right']} images of val "
+        f"that of {sum(found['changed'].values())}. With them balanced accuracy is {gain}: {found['set_right']} images of val "
         f"are decided right only with them, {found['set_wrong']} only without.</p>"
     )
 

@@ -32,7 +32,7 @@ def test_the_instruction_says_what_the_last_annotations_bought(
     assert pushed() == "", "no label came from an annotator"
     measured()
     text = pushed()
-    assert "The annotations of round 2 gave 41 images their first label and changed 3." in text
+    assert "The annotations of round 2 gave 41 images their first label and changed that of 3." in text
     assert "balanced accuracy is +0.031 (95 % interval +0.011 to +0.051)" in text
     assert "17 images of val are decided right only with them, 6 only without" in text
 
