@@ -30,8 +30,8 @@ SAME_MOMENT_S = 1.5
 INTERRUPT_EVERY_S = 3.0
 """Between two interruptions of the command: each ends one call to Ray that waits, and a cleanup may make several."""
 INTERRUPTIONS = 4
-SHUTDOWN_S = 60.0
-"""How long Ray's shutdown may take before what it started is killed."""
+SHUTDOWN_S = 20.0
+"""How long Ray's shutdown may take before what it started is killed; it takes 1 s, or waits for ever for a reply."""
 SHUTDOWN_OF_LOST_S = 3.0
 ORDERLY_S = 8.0
 """How long the command may take after SIGTERM until its calls to Ray are interrupted."""
@@ -225,7 +225,8 @@ def shut_down_ray(ending: Ending) -> None:
 
     if ending.gone is not None:
         _DAEMON_LOST.set()
-    # In a thread: without its daemons, or where they do not respond, Ray's shutdown waits for a minute or for ever.
+    # In a thread: without its daemons, or where one does not respond, Ray's shutdown waits for a minute or for ever (a
+    # call of its error subscriber has no deadline).
     running = threading.Thread(target=ray.shutdown, name="Ray's shutdown", daemon=True)
     running.start()
     running.join(SHUTDOWN_S if ending.gone is None else SHUTDOWN_OF_LOST_S)
