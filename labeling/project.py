@@ -213,10 +213,11 @@ def _instruction(store: Store) -> str:
     if found is None or found["gain"]["value"] is None:
         return ""
     gain = "{value:+.3f} (95 % interval {low:+.3f} to {high:+.3f})".format_map(found["gain"])
+    changed = sum(found["changed"].values())
     return (
-        f"<p>The annotations of round {found['number']} gave {found['new']} images their first label and changed "
-        f"that of {sum(found['changed'].values())}. With them balanced accuracy is {gain}: {found['set_right']} images of val "
-        f"are decided right only with them, {found['set_wrong']} only without.</p>"
+        f"<p>The annotations of round {found['number']} gave {found['new']} images their first label and changed that "
+        f"of {changed}. With them balanced accuracy is {gain}: {found['set_right']} images of val are decided right "
+        f"only with them, {found['set_wrong']} only without.</p>"
     )
 
 
