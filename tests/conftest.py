@@ -218,7 +218,7 @@ def ray_settings(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
 def until_last_test() -> Iterator[Callable[[str], contextlib.ExitStack]]:
     """Return where a server is entered by its name; it ends after the last test that shares it.
 
-    Until the end of the process it would take memory and a twentieth of a core beside all other tests.
+    Until the end of the process it would take memory and processor time beside all other tests.
     """
     yield lambda server: RUNNING.setdefault(server, contextlib.ExitStack())
     for server in list(RUNNING):  # the tests were interrupted

@@ -20,7 +20,8 @@ ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeli
 # distillation, versions from changes and exports of Label Studio 7 and 1,200; value of labels in API and page 3 and
 # 200; refits and what a model has seen 3 and 330; marks of changed tasks and kept consensus 3 and 200; a quicker import
 # of Gradio 1 and 40; processes that fits share 3 and 40; models that see the whole image 2 and 200;
-# features that are computed once, and killed daemons that are waited for, 1 and 150.
+# features that are computed once, and killed daemons that are waited for, 1 and 150;
+# the number format of training, and what labels bought in Label Studio, 0 and 50.
 MAX_MODULES = 462
 MAX_LINES = 74_980
 MIN_COMMENT_SHARE = 0.02

@@ -92,7 +92,7 @@ class TrainersSettings(RoomSettings):
         default=1, ge=1, le=8, description="flips and turns of an image whose logits are averaged; each costs a pass"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="number format; auto is bf16 where the hardware has it and gains by it"
+        default="auto", description="number format; auto is bf16 where it is native and faster, else fp32"
     )
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of everything random in a run")
     workers: WorkersSettings = Field(default=WorkersSettings(), description="processes, devices, checkpoints, data")

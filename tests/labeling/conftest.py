@@ -1,4 +1,4 @@
-"""One real Label Studio for the whole session, and a fresh store with generated images for each test."""
+"""One real Label Studio for all tests that need one, and a fresh store with generated images for each test."""
 
 import base64
 import contextlib
