@@ -26,6 +26,7 @@ from records.arrays import IntArray
 from records.bundles import Geometry
 from records.errors import DivergedError, UnavailableError
 from records.ids import hash_of, sha256_hex
+from records.memory import keep_freed_memory
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, Policy, load_policy
 from trainers.augmentation.operations import Canvas
@@ -151,6 +152,7 @@ def train(
         IntegrityError: the initial weights do not fit the network.
     """
     data.require_usable(len(taxonomy.codes))
+    keep_freed_memory(of_any_size=True)
     group: WorkerGroup = workers or SingleWorker(use_gpu=settings.workers.use_gpu)
     policy = policy or load_policy(settings.augmentation)
     if initial_weights is None:

@@ -23,6 +23,7 @@ from records.arrays import Float32Array, FloatArray, IntArray, UInt8Array
 from records.bundles import Bundle, DecisionRule, Geometry
 from records.context import Known
 from records.errors import IntegrityError, UnavailableError
+from records.memory import keep_freed_memory
 from records.taxonomy import Taxonomy
 from vision.calibration.context import predict_in_context
 from vision.calibration.scaling import apply_calibration
@@ -321,6 +322,7 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
         IntegrityError: the weights do not fit the architecture, or the model belongs to another decoder.
         ConfigError: the architecture is not registered, or the precision unknown.
     """
+    keep_freed_memory()
     model = LoadedModel(bundle, plain_network(bundle), resolve_precision(precision, device), device)
     # Only `auto` falls back: a precision that was asked for is used, and `check_golden` refuses what it breaks.
     if precision != "auto" or model.precision == "fp32":
