@@ -21,7 +21,7 @@ from records.datasets import read_manifest
 from records.erasure import blank_personal_fields
 from records.lease import hold
 from records.ledger import Transaction
-from records.ledger.tables import TABLES, any_of
+from records.ledger.tables import TABLES, any_of, unindexed
 from records.store import Store
 from records.types import (
     Annotation,
@@ -195,7 +195,7 @@ class _Run:
     def _expire(self, tx: Transaction, part: Sequence[str], before: datetime | None) -> None:
         """Delete the images of a batch that are still due."""
         dialect = tx.connection.dialect
-        due = [any_of(_IMAGE.id, part, dialect), *_old_images(before), *_unreferenced(_IMAGE.id)]
+        due = [any_of(_IMAGE.id, part, dialect), *_old_images(before, dialect), *_unreferenced(_IMAGE.id)]
         ids = list(tx.connection.scalars(sa.select(_IMAGE.id).where(*due)))
         asked = any_of(_ITEM.image_id, ids, dialect)
         maps = _count(tx, _ITEM.id, asked, _HAS_MAP)
@@ -278,9 +278,11 @@ def _pages_of_predictions(store: Store, before: datetime | None) -> Iterator[lis
         yield [row.id for row in page]
 
 
-def _old_images(before: datetime | None) -> list[sa.ColumnElement[bool]]:
+def _old_images(before: datetime | None, named: sa.Dialect | None = None) -> list[sa.ColumnElement[bool]]:
+    """Return the conditions that an image was served long ago; `named` if other conditions say which images."""
+    provenance = _IMAGE.provenance if named is None else unindexed(_IMAGE.provenance, named)
     sent_since = sa.exists().where(_PREDICTION.image_id == _IMAGE.id, _PREDICTION.created_at >= before)
-    return [_IMAGE.provenance == "served", _IMAGE.erased_at.is_(None), _IMAGE.created_at < before, ~sent_since]
+    return [provenance == "served", _IMAGE.erased_at.is_(None), _IMAGE.created_at < before, ~sent_since]
 
 
 def _due_predictions(before: datetime | None) -> list[sa.ColumnElement[bool]]:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from starlette.concurrency import run_in_threadpool
 
 from records.errors import AccessError
-from records.ledger.tables import TABLES
+from records.ledger.tables import TABLES, unindexed
 from records.store import Store
 from records.types import ReviewItem
 from serving.access.shares import Shares
@@ -74,6 +74,7 @@ class ReviewWaits:
 
     def _look(self, item_ids: list[str]) -> frozenset[str]:
         column = TABLES[ReviewItem].c
-        query = sa.select(column.id).where(column.id.in_(item_ids), column.state.in_(OPEN_STATES))
         with self._store.ledger.read() as tx:
+            is_open = unindexed(column.state, tx.connection.dialect).in_(OPEN_STATES)
+            query = sa.select(column.id).where(column.id.in_(item_ids), is_open)
             return frozenset(tx.connection.scalars(query))

@@ -21,9 +21,10 @@ ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeli
 # 200; refits and what a model has seen 3 and 330; marks of changed tasks and kept consensus 3 and 200; a quicker import
 # of Gradio 1 and 40; processes that fits share 3 and 40; models that see the whole image 2 and 200;
 # features that are computed once, and killed daemons that are waited for, 1 and 150;
-# the number format of training, and what labels bought in Label Studio, 0 and 50; memory that a process keeps, 0 and 40.
+# the number format of training, and what labels bought in Label Studio, 0 and 50;
+# memory that a process keeps, and columns that no index is chosen for, 0 and 60.
 MAX_MODULES = 462
-MAX_LINES = 75_020
+MAX_LINES = 75_040
 MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 

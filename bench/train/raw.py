@@ -9,6 +9,7 @@ from torch import nn
 
 from records.arrays import UInt8Array
 from records.bundles import Geometry
+from records.memory import keep_freed_memory
 from trainers.fitting.workers import choose_device, compute_threads, threads_of
 from trainers.optimization.optimizers import build_optimizer
 from trainers.settings import TrainersSettings
@@ -38,6 +39,7 @@ def raw_rate(
     Returns:
         Images per second.
     """
+    keep_freed_memory(of_any_size=True)  # as training does
     device = choose_device(settings.workers.use_gpu)
     random = np.random.default_rng(0)
     side_px, batch = settings.model.side_px, settings.images_per_step

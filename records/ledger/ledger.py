@@ -22,12 +22,14 @@ from pydantic import ValidationError
 from records.errors import ContractError, RefusedError, RelookError, UnavailableError, UnknownIdError
 from records.ledger.engine import READ_OPTIONS, TOUCHES_OPTION, WRITE_OPTION, checkpoint, make_engine
 from records.ledger.migrate import upgrade
-from records.ledger.tables import TABLES, any_of
+from records.ledger.tables import TABLES, any_of, unindexed
 from records.redaction import without_secrets
 from records.types import Lease, Record
 
 R = TypeVar("R", bound=Record)
 _FEW = 1000
+# Fields that few rows share, so that their index finds what others, like a state, do not narrow down.
+_FINDS_ROWS = frozenset({"id", "image_id", "prediction_id", "request_id", "review_item_id"})
 _KEY = "key_of_row"  # no column has this name, which SQLAlchemy would take for a new value
 _UNREACHABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 _RELEASED = datetime.fromtimestamp(0, UTC)  # before every time that a clock can be set to
@@ -229,8 +231,11 @@ class Transaction:
             raise ContractError("a read transaction cannot write; open one with ledger.begin()")
 
     def _conditions(self, record_type: type[Record], where: Mapping[str, Any]) -> Iterable[sa.ColumnElement[bool]]:
+        found_by = {name for name in _FINDS_ROWS if where.get(name) is not None}
         for name, value in where.items():
-            column = _column(record_type, name)
+            column: sa.ColumnElement[Any] = _column(record_type, name)
+            if found_by and name not in found_by:
+                column = unindexed(column, self.connection.dialect)
             if value is None:
                 yield column.is_(None)
             elif not isinstance(value, (list, tuple, set, frozenset)):

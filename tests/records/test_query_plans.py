@@ -1,14 +1,17 @@
 """What runs over millions of rows finds them by an index; on PostgreSQL the same is in test_postgresql."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from records.ids import new_id
 from records.store import Store
-from records.types import Decision, Prediction, ReviewItem, ReviewState
+from records.types import Consent, Decision, Image, Prediction, ReviewItem, ReviewState
 from serving.access.keys import LOCAL
-from serving.outbox import reviews_of
+from serving.outbox import PredictionRows, find_repeated, reviews_of, write_predictions
 from serving.responses import read_page
-from tests.records.plans import full_scans, scanned, sent
+from serving.waiting import ReviewWaits
+from tests.records.plans import full_scans, led_astray, scanned, sent
 
 
 def test_trace_listing_monitor_retention_and_metrics_scan_no_large_table(
@@ -48,3 +51,33 @@ def test_a_page_of_predictions_sends_as_many_queries_as_a_single_one(store: Stor
     # An own item that was withdrawn is not replaced by one of the image, which number 1 shows.
     assert {int(key, 16): item.id for key, item in found.items()} == {0: "a", 2: "c", 3: "d", 4: "a", 5: "f"}
     assert scanned(store.ledger, statements) == []
+
+
+def test_ids_are_looked_up_by_their_index_however_many_items_wait(store: Store, sample: Callable[..., Any]) -> None:
+    batch = []
+    for number in range(16):
+        image = sample(Image, number, provenance="served", erased_at=None, expired_at=None, consent=Consent.REVIEW)
+        prediction = sample(
+            Prediction, number, id=f"{number:032x}", image_id=image.id, idempotency_key=f"{number}",
+            consent=Consent.REVIEW, served=True, context_effect=None,
+        )  # fmt: skip
+        item = sample(
+            ReviewItem, number, image_id=image.id, prediction_id=prediction.id, state=ReviewState.NEW, blind=False
+        )
+        batch.append(PredictionRows(prediction, image, item))
+    with sent(store.ledger) as statements:
+        items = write_predictions(store, batch)
+        again = [replace(rows, prediction=_anew(rows.prediction)) for rows in batch]
+        assert [item and item.id for item in write_predictions(store, again)] == [item and item.id for item in items]
+        open_items = ReviewWaits(store, 1)._look([item.id for item in items if item is not None])
+        assert len(open_items) == len(batch)
+        find_repeated(store, batch[3].prediction.caller, "3")
+    assert len(statements) >= 6
+    assert led_astray(store.ledger, statements) == scanned(store.ledger, statements) == []
+    # What SQLite does by itself, and that the check finds it.
+    query = "SELECT id FROM review_items WHERE review_items.image_id IN (?, ?, ?) AND review_items.state IN (?, ?)"
+    assert led_astray(store.ledger, [(query, ("a", "b", "c", "new", "pushed"))])
+
+
+def _anew(prediction: Prediction) -> Prediction:
+    return prediction.model_copy(update={"id": new_id(), "idempotency_key": None})

@@ -151,6 +151,15 @@ def test_a_run_that_pauses_where_its_policy_and_rate_change_ends_as_one_that_doe
     assert ratios == pytest.approx([1.0, 0.5, 2.0])
 
 
+def test_a_process_that_trains_keeps_what_it_frees(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("trainers.fitting.loop.keep_freed_memory", lambda *, of_any_size: asked.append(of_any_size))
+    train(toy_settings.with_values({"epochs": 1}), toy_data, three_classes)
+    assert asked == [True]
+
+
 def test_a_finished_run_is_not_trained_again(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
 ) -> None:

@@ -137,6 +137,13 @@ def test_threads_that_predict_and_differentiate_do_not_disturb_each_other(model,
         assert explained.result() == pytest.approx(expected_maps)
 
 
+def test_a_process_that_predicts_keeps_what_it_frees_and_gives_back_large_blocks(random_bundle, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vision.inference.loaded.keep_freed_memory", lambda **options: asked.append(options))
+    load_model(random_bundle("custom_cnn"), precision="fp32")
+    assert asked == [{}]
+
+
 def test_no_image_is_a_valid_batch(model):
     output = model.predict(random_pixels(0), gradcam=True)
     assert output.logits.shape == (0, 7)
