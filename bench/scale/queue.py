@@ -1,7 +1,8 @@
-"""Time and memory of a push's part in the ledger while a million review items wait.
+"""Time and memory of what is done in the ledger while a million review items wait.
 
-The ledger is filled with generated items. What a push reads before it sends the first task is timed in a process whose
-largest resident memory is reported: the plan of reads, the number of items of each project, and the first pages.
+The ledger is filled with generated items. In a process whose largest resident memory is reported, two things are timed:
+what a push reads before it sends the first task (the plan of reads, the number of items of each project, the first
+pages), and the lookup of open items of the images of one batch of predictions.
 
     python -m bench.scale.queue [--items 1000000]
 """
@@ -31,8 +32,9 @@ from records.ledger.tables import TABLES
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ReasonCode, ReviewItem, ReviewState
+from serving.outbox import merge_items
 
-PAGES = 20
+PAGES, LOOKUPS, BATCH = 20, 20, 16
 _ROWS_AT_ONCE = 20_000
 
 
@@ -66,12 +68,20 @@ def read(settings: RecordsSettings) -> dict[str, Any]:
         pages = [len(page) for page in islice(waiting_pages(store, counts, labeling.push_batch), PAGES)]
         paged = time.perf_counter()
         stale = len(stale_items(store))
+        ended = time.perf_counter()
+        with store.ledger.begin() as tx:
+            items = tx.find(ReviewItem, limit=LOOKUPS * BATCH)
+            found = time.perf_counter()
+            for start in range(0, len(items), BATCH):
+                merge_items(tx, items[start : start + BATCH])
+            merged = time.perf_counter()
         return {
             "waiting": sum(counts.values()),
             "plan_s": round(planned - began, 2),
             "count_s": round(counted - planned, 2),
             "page_s": round((paged - counted) / len(pages), 4),
-            "stale_s": round(time.perf_counter() - paged, 2),
+            "stale_s": round(ended - paged, 2),
+            "batch_ms": round(1000 * (merged - found) / max(1, len(items) / BATCH), 2),
             "stale": stale,
             "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
