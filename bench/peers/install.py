@@ -1,4 +1,4 @@
-"""Make the peers' environments, one each, for `python -m bench serve|explain --peers DIR`.
+"""Make the peers' environments, one each, for `python -m bench serve|explain|train --peers DIR`.
 
     python3.11 bench/peers/install.py DIR                       # torch in each of them
     .venv/bin/python bench/peers/install.py DIR --share-torch   # this environment's torch in all of them
@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEERS = ("fastapi", "litserve", "bentoml", "pytorch_grad_cam")
+PEERS = ("fastapi", "litserve", "bentoml", "pytorch_grad_cam", "lightning")
 LOCK = HERE.parents[1] / "requirements.lock"
 COMPUTING = ("torch", "torchvision", "numpy", "pillow")
 # What torch, torchvision, numpy and Pillow consist of, and what they import.
@@ -56,8 +56,8 @@ def install(name: str, folder: Path, share_torch: bool) -> bool:
         pins = [line for line in lines if line.partition("==")[0].lower() in COMPUTING]
         done = subprocess.run([*pip, *pins, *wanted], check=False)
     else:
-        # grad-cam alone asks for torch and OpenCV, which are linked.
-        alone = ["--no-deps", "ttach"] if name == "pytorch_grad_cam" else []
+        # These ask for torch, and grad-cam for OpenCV, which are linked.
+        alone = {"pytorch_grad_cam": ["--no-deps", "ttach"], "lightning": ["--no-deps"]}.get(name, [])
         done = subprocess.run([*pip, *alone, *wanted], check=False)
         link_shared(folder)
     if done.returncode == 0:

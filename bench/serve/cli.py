@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bench.figures import figures_table
+from bench.options import PeersOption
 from records.command import Call, verb
 from records.progress import progress
 
@@ -29,13 +30,6 @@ ModelOption = Annotated[
         "--model", help="Id prefix of 8 or more, bundle path, or champion; default: a newly trained ResNet-18."
     ),
 ]
-PeersOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder with the peers' environments (made by bench/peers/install.py); default: peers are not measured.",
-        envvar="RELOOK_BENCH_PEERS", exists=True, file_okay=False,
-    ),
-]  # fmt: skip
 RoundsOption = Annotated[int, typer.Option(min=1, help="Number of rounds; the figures are medians.")]
 SecondsOption = Annotated[float, typer.Option(min=1.0, help="Length of one measurement in seconds.")]
 

@@ -1,6 +1,6 @@
 """The verb `train` of `python -m bench`.
 
-python -m bench train --json
+python -m bench train --peers DIR --json
 """
 
 from contextlib import closing
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from bench.figures import figures_table
+from bench.options import PeersOption
 from records.command import Call, verb
 from records.progress import progress
 
@@ -22,9 +23,7 @@ def bench_train(
     call: Call,
     data: Annotated[Path | None, typer.Option(help="Folder of images; default: generated ones.")] = None,
     epoch_s: Annotated[float, typer.Option(min=1.0, help="Length of a measured epoch in seconds.")] = 8.0,
-    lightning_python: Annotated[
-        Path | None, typer.Option(help="Python of an environment with Lightning; default: Lightning is not measured.")
-    ] = None,
+    peers: PeersOption = None,
 ) -> None:
     """Measure training: whole pipeline, bare steps, a plain fp32 script, Lightning, two workers."""
     from bench.train.training import Bench, prepare
@@ -36,6 +35,6 @@ def bench_train(
         records = settings.records.apart(Path(folder) / "home")
         with closing(open_store(records)) as store, call.ray(settings):
             plan = prepare(store, data, settings.trainers.model.frame, Path(folder), bar)
-            bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, lightning_python)
+            bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, peers)
             figures = bench.run()
     call.emit(figures, figures_table("python -m bench train", figures))

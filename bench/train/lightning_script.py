@@ -1,8 +1,8 @@
 """The recipe of `plain_script.py` in Lightning, with its number formats: the peer of `python -m bench train`.
 
-Needs an environment of its own with torch, torchvision, lightning and scikit-learn:
+Needs an environment of its own, which bench/peers/install.py makes:
 
-    PEER/bin/python bench/train/lightning_script.py TABLE --model resnet18 --side 64 --precision bf16 --max-steps 40
+    DIR/lightning/bin/python bench/train/lightning_script.py TABLE --model resnet18 --side 64 --max-steps 40
 """
 
 import argparse

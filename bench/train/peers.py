@@ -48,17 +48,18 @@ class Peers:
         """Return the plain script's images per second; None if it cannot run, with a reason."""
         return self._rate("pipeline_over_plain_fp32", "plain_script.py", sys.executable, [])
 
-    def lightning_rate(self, python: Path | None) -> float | None:
+    def lightning_rate(self, peers: Path | None) -> float | None:
         """Return Lightning's images per second; None if it cannot run, with a reason.
 
         Args:
-            python: interpreter of an environment that has it.
+            peers: folder of the peers' environments, made by bench/peers/install.py.
         Returns:
             Images per second.
         """
         key = "pipeline_over_lightning"
-        if python is None:
-            self.reasons[key] = "Lightning is not measured unless --lightning-python names an environment that has it"
+        python = None if peers is None else peers / "lightning" / "bin" / "python"
+        if python is None or not python.is_file():
+            self.reasons[key] = "Lightning is not measured unless --peers names the folder of bench/peers/install.py"
             return None
         return self._rate(key, "lightning_script.py", str(python), ["--precision", precision_of(self._settings)])
 

@@ -99,7 +99,7 @@ class Bench:
         plan: the images.
         folder: for runs and tables.
         epoch_s: seconds that an epoch of one worker shall take.
-        lightning_python: interpreter of an environment with Lightning.
+        peers: folder of the peers' environments, for Lightning; None leaves it out.
     """
 
     store: Store
@@ -107,7 +107,7 @@ class Bench:
     plan: DataPlan
     folder: Path
     epoch_s: float
-    lightning_python: Path | None
+    peers: Path | None
     _reasons: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Figures:
@@ -131,7 +131,7 @@ class Bench:
         starts = statistics.median(self._start_s(plan, f"start {number}") for number in range(STARTS))
         one, two = (feeder_rate(self.store, alone, plan, feeders) for feeders in (1, 2))
         peers = Peers(self.store, self.settings, plan, self.folder, raw)
-        plain, lightning = peers.plain_rate(), peers.lightning_rate(self.lightning_python)
+        plain, lightning = peers.plain_rate(), peers.lightning_rate(self.peers)
         return {
             "raw_images_s": _round(raw),
             "raw_with_augmentation_on_the_same_cores_images_s": _round(augmented),

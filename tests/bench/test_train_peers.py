@@ -33,11 +33,19 @@ def test_what_cannot_be_measured_has_a_reason(filled_store: Store, plan: DataPla
     assert "knows custom_cnn, resnet18, efficientnet_lite0, not custom_cnn_base" in str(unknown.reasons)
     absent = Peers(filled_store, TrainersSettings(), plan, tmp_path)
     assert absent.lightning_rate(None) is None
-    assert "unless --lightning-python names" in absent.reasons["pipeline_over_lightning"]
-    assert absent.lightning_rate(Path("/bin/false")) is None
+    assert "unless --peers names" in absent.reasons["pipeline_over_lightning"]
+    python = tmp_path / "lightning" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    assert absent.lightning_rate(tmp_path) is None
+    assert "unless --peers names" in absent.reasons["pipeline_over_lightning"]
+    python.symlink_to("/bin/false")
+    assert absent.lightning_rate(tmp_path) is None
     assert "bench/train/lightning_script.py failed: no message" in absent.reasons["pipeline_over_lightning"]
-    assert absent.lightning_rate(tmp_path / "nowhere") is None
-    assert "did not run (FileNotFoundError)" in absent.reasons["pipeline_over_lightning"]
+    python.unlink()
+    python.write_text("not a program")
+    python.chmod(0o755)
+    assert absent.lightning_rate(tmp_path) is None
+    assert "did not run (OSError)" in absent.reasons["pipeline_over_lightning"]
 
 
 def test_bare_steps_have_a_rate() -> None:
