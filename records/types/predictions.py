@@ -134,6 +134,7 @@ class ReviewItem(Record):
         ("project_id", "task_id"),
         ("selection_probability",),
         ("state", "sent_hash"),
+        ("state", "due"),
     )
 
     id: str

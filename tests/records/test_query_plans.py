@@ -8,6 +8,8 @@ from records.ids import new_id
 from records.store import Store
 from records.types import Consent, Decision, Image, Prediction, ReviewItem, ReviewState
 from serving.access.keys import LOCAL
+from serving.events import gather
+from serving.metrics import Metrics
 from serving.outbox import PredictionRows, find_repeated, reviews_of, write_predictions
 from serving.responses import read_page
 from serving.waiting import ReviewWaits
@@ -81,3 +83,15 @@ def test_ids_are_looked_up_by_their_index_however_many_items_wait(store: Store, 
 
 def _anew(prediction: Prediction) -> Prediction:
     return prediction.model_copy(update={"id": new_id(), "idempotency_key": None})
+
+
+def test_overdue_items_are_found_by_their_date_however_many_wait(store: Store) -> None:
+    with sent(store.ledger) as statements:
+        Metrics(store).text()
+        gather(store)
+    about_due = [(text, parameters) for text, parameters in statements if "due < ?" in text]
+    assert len(about_due) == 2
+    with store.ledger.read() as tx:
+        for text, parameters in about_due:
+            steps = tx.connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", parameters).all()
+            assert any("review_items" in step[-1] and "(state=? AND due<?)" in step[-1] for step in steps), steps
