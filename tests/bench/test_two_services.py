@@ -14,6 +14,6 @@ def test_two_services_lose_and_double_nothing(tmp_path: Path) -> None:
 
     # PostgreSQL may run as another user, who cannot read below pytest's folder.
     with tempfile.TemporaryDirectory(prefix="relook-pg-") as folder, postgresql(Path(folder) / "data") as database:
-        report = drill(20.0, 3, tmp_path, database)
+        report = drill(12.0, 3, tmp_path, database)
     assert report["violations"] == []
     assert sum(report["faults"].values()) > 3

@@ -108,6 +108,7 @@ def test_an_install_that_another_process_has_just_ended_is_taken(
     assert answers == []
 
 
+@pytest.mark.long
 def test_an_interrupted_install_is_started_over(tmp_path: Path) -> None:
     environment = Environment(tmp_path / "label-studio")
     script = (

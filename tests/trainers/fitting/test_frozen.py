@@ -67,7 +67,7 @@ def every_step_anew(network: Any, data: Any, geometry: Any, *_: Any) -> Any:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "name", [name if name == "resnet18" else pytest.param(name, marks=pytest.mark.long) for name in HEADS]
+    "name", [name if name == "custom_cnn" else pytest.param(name, marks=pytest.mark.long) for name in HEADS]
 )
 def test_the_weights_are_those_of_a_training_on_pixels(
     name: str, precision: str, head_only: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy,
