@@ -1,7 +1,7 @@
 """Memory that was freed: whether glibc, the C library of most Linux systems, keeps it or gives it back to the kernel.
 
 What went back has to be mapped and zeroed by the kernel page by page when it is needed again. A network allocates and
-frees the same tensors in every step, so that this took a sixth of a prediction's CPU time and a third of a training
+frees the same tensors in every step, so that this took an eighth of a prediction's CPU time and a third of a training
 step's. Elsewhere it is right to give memory back, because other processes can use it.
 """
 
