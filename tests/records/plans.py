@@ -97,9 +97,7 @@ def led_astray(ledger: Ledger, statements: list[tuple[str, Any]]) -> list[str]:
     with ledger.read() as tx:
         for statement, parameters in statements:
             rows = tx.connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
-            named = set(
-                re.findall(r"(\w+)\.(?:id|image_id|prediction_id) (?:= \?|IN \((?:\?|SELECT \w+\.value))", statement)
-            )
+            named = set(re.findall(NAMED, statement))
             for step in (str(row[-1]) for row in rows):
                 search = re.match(r"SEARCH (\w+) USING (?:COVERING )?INDEX \w+ \((\w+)", step)
                 if search and search[1] in named and search[2] in FEW_VALUES:
