@@ -22,9 +22,10 @@ ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeli
 # of Gradio 1 and 40; processes that fits share 3 and 40; models that see the whole image 2 and 200;
 # features that are computed once, and killed daemons that are waited for, 1 and 150;
 # the number format of training, and what labels bought in Label Studio, 0 and 50;
-# memory that a process keeps, columns that no index is chosen for, an index of due dates, 1 and 70.
-MAX_MODULES = 463
-MAX_LINES = 75_060
+# memory that a process keeps, columns that no index is chosen for, an index of due dates, 1 and 70;
+# parts of a batch that are computed side by side, 1 and 210.
+MAX_MODULES = 464
+MAX_LINES = 75_270
 MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 

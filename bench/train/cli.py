@@ -23,6 +23,7 @@ def bench_train(
     call: Call,
     data: Annotated[Path | None, typer.Option(help="Folder of images; default: generated ones.")] = None,
     epoch_s: Annotated[float, typer.Option(min=1.0, help="Length of a measured epoch in seconds.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured, in turn.")] = 2,
     peers: PeersOption = None,
 ) -> None:
     """Measure training: whole pipeline, bare steps, a plain fp32 script, Lightning, two workers."""
@@ -35,6 +36,6 @@ def bench_train(
         records = settings.records.apart(Path(folder) / "home")
         with closing(open_store(records)) as store, call.ray(settings):
             plan = prepare(store, data, settings.trainers.model.frame, Path(folder), bar)
-            bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, peers)
+            bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, rounds, peers, bar)
             figures = bench.run()
     call.emit(figures, figures_table("python -m bench train", figures))

@@ -1,28 +1,32 @@
 """Training throughput against the bare network, measured within one run so that ratios are comparable.
 
 The bare rate is forward, backward and optimizer step of the same network on one batch in memory, with the same
-precision, threads and optimizer; it is measured before and after the pipeline. The pipeline is what `relook train`
-runs under Ray Train: pixel cache, augmentation, loop, checkpoints, reports. Its rate is over the wall time from one
-report to the next, without the forward passes of batch norm statistics and of validation, which the bare steps do not
-have. The first epoch warms up and is not counted. What a bare step loses to augmentation on the same cores is measured
-with batches that one thread augments while the step before computes.
+precision, threads and optimizer. The pipeline is what `relook train` runs: pixel cache, augmentation, loop,
+checkpoints, reports. Its rate is over the wall time from one report to the next, without the forward passes of batch
+norm statistics and of validation, which the bare steps do not have. The first epoch warms up and is not counted. What
+a bare step loses to augmentation on the same cores is measured with batches that one thread augments while the step
+before computes.
+
+A shared host changes its speed within seconds, so what is compared is measured in turn, in rounds: bare steps before
+and after each run of the default plan, the other plans, and each plan beside a neighbour. A ratio is the mean of the
+rounds' ratios, which are given one by one, too.
 """
 
 import os
 import statistics
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from bench.train.peers import Peers
 from bench.train.plans import Plan, busy_neighbour, plans, two_share
@@ -45,14 +49,16 @@ from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import TrainersSettings
 from vision.seeding import image_keys, image_seeds
 
-EPOCHS = 4
+EPOCHS = 3
 VAL_IMAGES = 64
 LESIONS = 350
 WIDTH_PX = 600
 RAW_S = 6.0
 STARTS = 3
-WARM_UP_STEPS = 3
+SHARE_BESIDE = 0.4
+"""Of the images that are trained on alone, those beside a neighbour."""
 Figures = dict[str, Any]
+Measured = TypeVar("Measured")
 
 
 def prepare(store: Store, data: Path | None, frame: Frame, folder: Path, bar: Progress) -> DataPlan:
@@ -89,6 +95,32 @@ def import_images(store: Store, data: Path | None, frame: Frame, folder: Path, b
     return load_dataset(store, report.dataset_id)
 
 
+@dataclass(frozen=True)
+class Round:
+    """What was measured in turn; images per second.
+
+    Args:
+        raw: bare steps, before and after the default plan.
+        augmented: bare steps beside the augmentation of their batches.
+        plain: the plain script; None if it cannot run.
+        lightning: Lightning; None if it cannot run.
+        alone: the pipeline under each plan, by the plan's name, the default's first.
+        beside: the same beside a neighbour.
+    """
+
+    raw: float
+    augmented: float
+    plain: float | None
+    lightning: float | None
+    alone: dict[str, float]
+    beside: dict[str, float]
+
+    @property
+    def pipeline(self) -> float:
+        """The pipeline under the default plan."""
+        return next(iter(self.alone.values()))
+
+
 @dataclass
 class Bench:
     """One run of the measurements.
@@ -99,7 +131,9 @@ class Bench:
         plan: the images.
         folder: for runs and tables.
         epoch_s: seconds that an epoch of one worker shall take.
+        rounds: how often everything that is compared is measured.
         peers: folder of the peers' environments, for Lightning; None leaves it out.
+        bar: progress is shown on it.
     """
 
     store: Store
@@ -107,49 +141,41 @@ class Bench:
     plan: DataPlan
     folder: Path
     epoch_s: float
+    rounds: int
     peers: Path | None
+    bar: Progress
     _reasons: dict[str, str] = field(default_factory=dict)
+    _task: TaskID = field(init=False)
 
     def run(self) -> Figures:
         """Measure everything; what cannot be measured is None, with its reason under `reasons`."""
         cores = len(os.sched_getaffinity(0))
+        self._task = self.bar.add_task("starting a fit", total=self.rounds * (2 * len(plans(self.settings, cores)) + 5))
         alone = self._under({"count": 1, "threads": cores})
         load = os.getloadavg()[0]
         first_start = self._start_s(self.plan, "first start")
-        before = raw_rate(alone, len(self.store.taxonomy.codes))
-        plan = self._cut(before)
+        raw = self._raw(alone)
+        plan = self._cut(raw)
+        peers = Peers(self.store, self.settings, plan, self.folder, raw)
         watch = MemoryWatch()
         with watch:
-            rates = self._rates(plan, cores, "alone")
-        default, pipeline = next(iter(rates.items()))
-        raw = (before + raw_rate(alone, len(self.store.taxonomy.codes))) / 2
-        with closing(augmented_batches(self.store, alone, plan)) as batches:
-            augmented = raw_rate(alone, len(self.store.taxonomy.codes), batches=batches)
-        shared = self._of_two_workers(rates, cores)
-        with busy_neighbour(cores):
-            beside = self._rates(plan, cores, "beside a neighbour")
+            rounds = [self._round(number, alone, plan, peers) for number in range(1, self.rounds + 1)]
         starts = statistics.median(self._start_s(plan, f"start {number}") for number in range(STARTS))
-        one, two = (feeder_rate(self.store, alone, plan, feeders) for feeders in (1, 2))
-        peers = Peers(self.store, self.settings, plan, self.folder, raw)
-        plain, lightning = peers.plain_rate(), peers.lightning_rate(self.peers)
+        feeding = [[feeder_rate(self.store, alone, plan, count) for count in (1, 2)] for _ in rounds]
+        rates = {name: round(statistics.mean(each.alone[name] for each in rounds), 1) for name in rounds[0].alone}
+        beside = {name: round(statistics.mean(each.beside[name] for each in rounds), 1) for name in rates}
+        default = next(iter(rates))
         return {
-            "raw_images_s": _round(raw),
-            "raw_with_augmentation_on_the_same_cores_images_s": _round(augmented),
-            "pipeline_over_raw": _ratio(pipeline, raw),
-            "pipeline_over_raw_with_augmentation": _ratio(pipeline, augmented),
-            "pipeline_over_plain_fp32": _ratio(pipeline, plain),
-            "pipeline_over_lightning": _ratio(pipeline, lightning),
-            "ddp2_over_single": _ratio(shared, pipeline),
-            "default_over_best_plan": _ratio(pipeline, max(rates.values())),
-            "beside_a_neighbour": _ratio(beside[default], pipeline),
-            "feeder_scaling_2": _ratio(two, one),
+            **_of_rounds(rounds),
+            "ddp2_over_single": self._of_two_workers(rates, cores),
+            "default_over_best_plan": round(rates[default] / max(rates.values()), 3),
+            "beside_a_neighbour": _mean([each.beside[default] / each.pipeline for each in rounds], 3),
+            "feeder_scaling_2": _mean([two / one for one, two in feeding], 3),
             "fit_start_s": round(starts, 1),
             "fit_first_start_s": round(first_start, 1),
             "peak_memory_mb": round(watch.peak_mb),
-            "feeder_images_s": _round(one),
-            "pipeline_images_s": _round(pipeline),
-            "plain_fp32_images_s": _round(plain),
-            "lightning_images_s": _round(lightning),
+            "feeder_images_s": _mean([one for one, _ in feeding]),
+            "pipeline_images_s": rates[default],
             "plans_images_s": rates,
             "plans_beside_a_neighbour_images_s": beside,
             "model": alone.model.name,
@@ -158,9 +184,47 @@ class Bench:
             "precision": precision_of(alone),
             "threads": cores,
             "train_images": plan.num_train,
-            "load_average_before": _round(load),
+            "load_average_before": round(load, 1),
             "reasons": {**self._reasons, **peers.reasons},
         }
+
+    def _round(self, number: int, alone: TrainersSettings, plan: DataPlan, peers: Peers) -> Round:
+        """Measure everything once that is compared; what is divided by one another follows on one another."""
+        first, *others = plans(self.settings, alone.workers.threads or 1).items()
+        before = self._shown(number, "bare steps", lambda: self._raw(alone))
+        rates = {first[0]: self._plan_rate(number, first, plan, "alone")}
+        after = self._shown(number, "bare steps", lambda: self._raw(alone))
+        augmented = self._shown(number, "bare steps beside augmentation", lambda: self._augmented(alone, plan))
+        rates |= {name: self._plan_rate(number, (name, workers), plan, "alone") for name, workers in others}
+        plain = self._shown(number, "a plain script", peers.plain_rate)
+        lightning = self._shown(number, "Lightning", lambda: peers.lightning_rate(self.peers))
+        # A neighbour takes more than half of the cores, so with fewer images the epochs last as long as before.
+        fewer = self._cut(before * SHARE_BESIDE)
+        with busy_neighbour(alone.workers.threads or 1):
+            beside = {
+                name: self._plan_rate(number, (name, workers), fewer, "beside a neighbour")
+                for name, workers in (first, *others)
+            }
+        return Round((before + after) / 2, augmented, plain, lightning, rates, beside)
+
+    def _shown(self, number: int, what: str, measure: Callable[[], Measured]) -> Measured:
+        """Measure while the progress shows what is measured."""
+        self.bar.update(self._task, description=f"round {number} of {self.rounds}: {what}")
+        measured = measure()
+        self.bar.advance(self._task)
+        return measured
+
+    def _plan_rate(self, number: int, chosen: tuple[str, Plan], plan: DataPlan, where: str) -> float:
+        name, workers = chosen
+        folder = f"{name} {where} {number}"
+        return self._shown(number, f"{name} {where}", lambda: self._pipeline_rate(self._under(workers), plan, folder))
+
+    def _raw(self, alone: TrainersSettings) -> float:
+        return raw_rate(alone, len(self.store.taxonomy.codes))
+
+    def _augmented(self, alone: TrainersSettings, plan: DataPlan) -> float:
+        with closing(augmented_batches(self.store, alone, plan)) as batches:
+            return raw_rate(alone, len(self.store.taxonomy.codes), batches=batches)
 
     def _cut(self, rate: float) -> DataPlan:
         """Choose as many training images as an epoch of the requested length needs, and a few for validation."""
@@ -175,19 +239,13 @@ class Bench:
         rows = np.r_[0:num_train, self.plan.num_train : min(self.plan.num_train + VAL_IMAGES, len(self.plan.labels))]
         return DataPlan([self.plan.image_ids[row] for row in rows], self.plan.labels[rows], num_train)
 
-    def _rates(self, plan: DataPlan, cores: int, where: str) -> dict[str, float]:
-        """Return the rate of the pipeline under each plan, by its name, the default's first."""
-        return {
-            name: round(self._pipeline_rate(self._under(workers), plan, f"{name} {where}"), 1)
-            for name, workers in plans(self.settings, cores).items()
-        }
-
     def _under(self, workers: Plan) -> TrainersSettings:
         return _like(self.settings, {f"workers.{name}": value for name, value in workers.items()})
 
     def _of_two_workers(self, rates: dict[str, float], cores: int) -> float | None:
         if two_share(self.settings, cores):
-            return list(rates.values())[-1]
+            alone, *_, shared = rates.values()
+            return round(shared / alone, 3)
         reason = "two workers cannot share this batch_size evenly" if cores > 1 else "this machine has one core"
         self._reasons["ddp2_over_single"] = reason
         return None
@@ -317,9 +375,29 @@ def _like(settings: TrainersSettings, changes: dict[str, object]) -> TrainersSet
     return settings.with_values(shared | changes)
 
 
-def _ratio(ours: float | None, theirs: float | None) -> float | None:
-    return None if ours is None or theirs is None else round(ours / theirs, 3)
+def _of_rounds(rounds: list[Round]) -> Figures:
+    """Return the rates that the pipeline's is divided by, and the means of the ratios."""
+    over_raw = [round(each.pipeline / each.raw, 3) for each in rounds]
+    return {
+        "raw_images_s": _mean([each.raw for each in rounds]),
+        "raw_with_augmentation_on_the_same_cores_images_s": _mean([each.augmented for each in rounds]),
+        "plain_fp32_images_s": _mean([each.plain for each in rounds]),
+        "lightning_images_s": _mean([each.lightning for each in rounds]),
+        "pipeline_over_raw": _mean(over_raw, 3),
+        "pipeline_over_raw_by_round": over_raw,
+        "pipeline_over_raw_with_augmentation": _over(rounds, lambda each: each.augmented),
+        "pipeline_over_plain_fp32": _over(rounds, lambda each: each.plain),
+        "pipeline_over_lightning": _over(rounds, lambda each: each.lightning),
+    }
 
 
-def _round(rate: float | None) -> float | None:
-    return None if rate is None else round(rate, 1)
+def _over(rounds: list[Round], peer: Callable[[Round], float | None]) -> float | None:
+    """Return the mean over the rounds of the pipeline's rate over a peer's; None if the peer could not run."""
+    rates = [(each.pipeline, peer(each)) for each in rounds]
+    return _mean([None if theirs is None else ours / theirs for ours, theirs in rates], 3)
+
+
+def _mean(values: Sequence[float | None], digits: int = 1) -> float | None:
+    """Return the rounded mean; None if a value is missing."""
+    known = [value for value in values if value is not None]
+    return round(statistics.mean(known), digits) if len(known) == len(values) else None

@@ -114,6 +114,7 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "workers.threads": 1,
         "workers.use_gpu": False,
         "workers.feeders": 2,
+        "workers.parallel_parts": 2,
         "workers.compile": True,
         "workers.contact_timeout_s": 30.0,
         "optimizer.nesterov": False,

@@ -34,6 +34,7 @@ from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_
 from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep, best_epoch_of
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.frozen import without_frozen
+from trainers.fitting.part_threads import part_threads
 from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
 from trainers.fitting.steps import LossWatch, Stepper, find_batch_size, validate
@@ -95,10 +96,8 @@ class TrainedModel:
 
 def geometry_of(chosen: ModelSettings, mean: Rgb, std: Rgb) -> Geometry:
     """Return how an image becomes the network's input, for pixels scaled by this mean and deviation."""
-    return Geometry(
-        side_px=chosen.side_px, crop=chosen.crop, scaling=chosen.pixel_scaling, mean=mean, std=std,
-        decode_version=DECODE_VERSION,
-    )  # fmt: skip
+    side_px, crop, scaling = chosen.side_px, chosen.crop, chosen.pixel_scaling
+    return Geometry(side_px=side_px, crop=crop, scaling=scaling, mean=mean, std=std, decode_version=DECODE_VERSION)
 
 
 def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: Taxonomy) -> TrainedModel:
@@ -203,8 +202,7 @@ class _Run:
         self._settings = settings
         self._reports = found.epoch_reports() if found else []
         self._stopped = found.finished if found else False
-        # A resumed run takes the pixel statistics from its checkpoint; `require_same_run` has checked that they are
-        # those of the same images.
+        # A resumed run takes them from its checkpoint, which `require_same_run` found to be of the same images.
         known = (found.mean, found.std) if found else settings.model.own_pixels
         mean, std = known or pixel_statistics(data.pixels, data.train_index)
         self._geometry = geometry_of(settings.model, mean, std)
@@ -250,8 +248,9 @@ class _Run:
         return len(self._reports)
 
     def close(self) -> None:
-        """End the processes that feed the run."""
+        """End the processes that feed the run, and its threads."""
         self._feeder.close()
+        self._stepper.close()
 
     def next_epoch(self) -> EpochReport:
         """Train and validate one epoch, or the rest of a resumed one; keep the best weights and a checkpoint."""
@@ -389,8 +388,7 @@ class _Run:
         if best_epoch == report.epoch:
             self._best = _copy_to_cpu(self._network)
         patience = self._settings.early_stop_patience_epochs
-        if patience is not None and report.epoch - best_epoch >= patience:
-            self._stopped = True
+        self._stopped = self._stopped or (patience is not None and report.epoch - best_epoch >= patience)
 
     def _move_scheduler(self, score: float) -> None:
         moves = SCHEDULERS[self._settings.scheduler.name].moves
@@ -452,6 +450,8 @@ class _Run:
             settings.optimizer,
             halves=self._group.world_size == 1,
             distillation=build_distillation(data.lesson, settings.loss),
+            # Steps on features that a frozen stage gave take a millisecond, which is not worth dividing.
+            side_by_side=part_threads(wrapped, settings, self._group.device) if self._scaled_by is not None else None,
         )
 
     def _restore(self, found: Checkpoint) -> None:
@@ -479,7 +479,7 @@ def _identity(
     policy: Policy,
     initial_weights: Mapping[str, NDArray[Any]] | None,
 ) -> Identity:
-    # Initial weights are identified by their content, so the same weights at another path give the same identity.
+    # By their content, so that the same weights at another path give the same identity.
     start = {name: sha256_hex(np.ascontiguousarray(value).tobytes()) for name, value in (initial_weights or {}).items()}
     return Identity(
         recipe_hash=settings.recipe_hash(),
@@ -495,6 +495,6 @@ def _copy_to_cpu(network: nn.Module) -> Weights:
     return {name: full_tensor(value).to("cpu", copy=True) for name, value in network.state_dict().items()}
 
 
-def _to_bytes(mean: tuple[float, float, float]) -> tuple[float, float, float]:
-    red, green, blue = (round(255.0 * channel) for channel in mean)
-    return (float(red), float(green), float(blue))
+def _to_bytes(mean: Rgb) -> Rgb:
+    red, green, blue = (float(round(255.0 * channel)) for channel in mean)
+    return (red, green, blue)

@@ -35,6 +35,7 @@ from vision.precision import Precision, autocast, training_precision
 from vision.preprocess import scale_pixels, to_tensor
 
 if TYPE_CHECKING:
+    from trainers.fitting.part_threads import PartThreads
     from trainers.fitting.training_data import TrainingData
     from trainers.optimization.distillation import Distillation
     from trainers.optimization.losses import LossFunction
@@ -83,6 +84,7 @@ class Stepper:
         halves: whether fewer images are computed at once when the device runs out of memory; not where other
             processes wait in the middle of the same step.
         distillation: adds a teacher's part to the loss; None without one.
+        side_by_side: computes parts of a batch at once; None computes them one after the other.
     """
 
     def __init__(
@@ -98,12 +100,14 @@ class Stepper:
         *,
         halves: bool = True,
         distillation: "Distillation | None" = None,
+        side_by_side: "PartThreads | None" = None,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._loss = loss
         self._distillation = distillation
+        self._side_by_side = side_by_side
         self._geometry = geometry
         self._precision = precision
         self._device = device
@@ -140,6 +144,8 @@ class Stepper:
     def _gradient(self, batch: Batch, num_parts: int) -> Tensor:
         """Compute the gradient of a batch in parts; return the loss."""
         self._optimizer.zero_grad(set_to_none=True)
+        if self._side_by_side is not None:
+            return self._side_by_side.add_gradient(self._batch_loss, batch.parts(num_parts * self._side_by_side.count))
         parts = batch.parts(num_parts)
         # Summed on the device: reading a number from a GPU would wait for it.
         total = torch.zeros((), device=self._device)
@@ -174,6 +180,11 @@ class Stepper:
         if self._distillation is None:
             return loss
         return self._distillation.added(loss, logits, batch.rows, batch.partner_rows, batch.share)
+
+    def close(self) -> None:
+        """End the threads that compute parts."""
+        if self._side_by_side is not None:
+            self._side_by_side.close()
 
     def refresh_statistics(self, pixels: PixelSource, rows: IntArray) -> None:
         """Measure what batch norm uses in evaluation anew, on images as they are, with the weights as they are.

@@ -140,6 +140,11 @@ class WorkersSettings(RoomSettings):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of a worker; default: this machine's cores over count"
     )
+    parallel_parts: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto",
+        description="parts of a batch that one worker on a CPU computes side by side, sharing its threads, 1 to 256; "
+        "batch norm takes its mean over a part; auto is one per thread, of 32 images or more",
+    )
     use_gpu: Literal["auto"] | bool = Field(default="auto", description="train on GPUs; auto if the machine has one")
     max_failures: int = Field(default=2, ge=0, le=1000, description="lost workers that a distributed run survives")
     checkpoint_every_steps: int | None = Field(
@@ -179,6 +184,12 @@ class WorkersSettings(RoomSettings):
         if strategy_of(self).elastic and self.minimum > self.count:
             raise ValueError(
                 f"minimum {self.minimum} is more than count {self.count}; take minimum={self.count} or fewer"
+            )
+        if self.parallel_parts not in ("auto", 1) and (strategy_of(self).processes != "1" or self.compile):
+            other = "compile is true" if self.compile else f"the strategy is '{strategy_of(self).name}'"
+            raise ValueError(
+                f"parallel_parts is {self.parallel_parts} and {other}; parts are computed side by side by a single "
+                "worker whose network is not compiled; take parallel_parts=auto"
             )
         if self.data_source == "stream" and self.feeders not in ("auto", 0):
             raise ValueError(
