@@ -10,6 +10,7 @@ which the threads ask for them.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -65,11 +66,12 @@ class PartThreads:
         self.count = count
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-        self._random = True
+        self._together = True
         each, before = max(1, threads // count), torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(count, "part", initializer=torch.set_num_threads, initargs=(each,))
-        # Each thread has a number of threads of its own, and torch takes the last one that was set for those to come.
-        wait([self._pool.submit(torch.get_num_threads) for _ in range(count)])
+        self._pool = ThreadPoolExecutor(count, "part", initializer=_compute_with, initargs=(each,))
+        # All are started here, which the barrier makes sure of, before the caller's number is set again.
+        started = threading.Barrier(count)
+        wait([self._pool.submit(started.wait) for _ in range(count)])
         torch.set_num_threads(before)
 
     def close(self) -> None:
@@ -103,7 +105,7 @@ class PartThreads:
             with _OwnRandom(seed):
                 return self._gradient(loss_of, *part)
 
-        if self._random:
+        if self._together:
             running = [self._pool.submit(compute, part, seed) for part, seed in zip(parts, seeds, strict=True)]
             wait(running)
             found = [future.result() for future in running]
@@ -111,7 +113,7 @@ class PartThreads:
                 return found
             # What was computed depends on which thread drew first, and is forgotten.
             torch.set_rng_state(state)
-            self._random = False
+            self._together = False
             logger.warning(
                 "the network draws random numbers by a function that has no generator of its own: the parts of a batch "
                 "are computed one after the other"
@@ -130,6 +132,14 @@ class PartThreads:
                 parameter.grad = gradient
             else:
                 parameter.grad += gradient
+
+
+def _compute_with(num_threads: int) -> None:
+    """Set the number of threads of the calling thread for good."""
+    torch.set_num_threads(num_threads)
+    # torch keeps a number for each thread, which it replaces by the last that was set anywhere when the thread asks for
+    # the first time; so that has to be now.
+    torch.get_num_threads()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_more_parts_than_threads_are_computed_in_turns(toy_data: TrainingData) -
     assert network.linear.bias.grad is not None
     assert torch.allclose(network.linear.bias.grad, torch.full((3,), 4.0))  # a fifth of 20 images
     assert network.norm.track_running_stats
+
+
+def test_threads_share_those_of_the_worker_and_leave_the_callers_number_alone() -> None:
+    with compute_threads(6):
+        threads = PartThreads(nn.Linear(2, 2), 3, 6)
+        assert {threads._pool.submit(torch.get_num_threads).result() for _ in range(9)} == {2}
+        assert torch.get_num_threads() == 6
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 6
+        threads.close()
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.Dropout(0.5, inplace=True)])
