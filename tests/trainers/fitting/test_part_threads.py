@@ -1,5 +1,6 @@
 """Parts of a batch side by side: the gradient that they have one after the other, and the same weights each time."""
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -129,14 +130,17 @@ def test_more_parts_than_threads_are_computed_in_turns(toy_data: TrainingData) -
     assert network.norm.track_running_stats
 
 
-def test_threads_share_those_of_the_worker_and_leave_the_callers_number_alone() -> None:
+def test_threads_share_those_of_the_worker_and_leave_the_caller_as_it_was() -> None:
+    before = sys.getswitchinterval()
     with compute_threads(6):
         threads = PartThreads(nn.Linear(2, 2), 3, 6)
         assert {threads._pool.submit(torch.get_num_threads).result() for _ in range(9)} == {2}
         assert torch.get_num_threads() == 6
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == 6
+        assert sys.getswitchinterval() < before
         threads.close()
+    assert sys.getswitchinterval() == before
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.Dropout(0.5, inplace=True)])
