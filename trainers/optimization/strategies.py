@@ -127,7 +127,10 @@ def _check_strategy(name: str) -> None:
 
 
 class WorkersSettings(RoomSettings):
-    """Where and how fast a model is trained; no field changes what the model becomes."""
+    """Where and how fast a model is trained: no part of the recipe, though some fields change how weights are rounded.
+
+    With batch norm, whose mean is over a worker's share or a part, `count` and `parallel_parts` change more than that.
+    """
 
     count: int = Field(
         default=1, ge=1, le=4096, description="processes that share every batch; with strategy elastic, the most"
