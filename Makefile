@@ -55,6 +55,8 @@ format: $(INSTALLED)  ## sort imports and lay out the code
 	$(BIN)/ruff format .
 
 test: setup  ## real Ray, real Label Studio, a browser where there is one
+	@# Once, and not by each of the processes below: on a new checkout they would all compile the same files.
+	@$(BIN)/python -m compileall -q -j 0 $(ROOMS) bench relook.py
 	$(BIN)/pytest $(IN_PROCESSES) -m "not long and not soak"
 
 test-long: setup  ## the costly tests that `make test` leaves out
