@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from cluster.cli import app
 from cluster.incidents.evidence import examine
 from records.bundles import Bundle
 from records.frames import Crop
+from records.models import register
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import Image, Prediction, ReviewItem
+from records.types import Arm, Image, ModelStatus, Prediction, ReviewItem
+from serving.access.keys import admin_token
 from serving.bulk import predict_folder
 from serving.client import Client
 from serving.direct import Model
 from serving.incidents.page import _shown
-from serving.schemas import Context
+from serving.schemas import Context, RolloutRequest
 from serving.settings import ServingSettings
 from tests.service import RunningService
 from vision.export import folder as export_folder
@@ -47,6 +51,12 @@ def squeezed(data: bytes) -> np.ndarray:
     """What the model has to see, by Pillow alone."""
     image = PillowImage.open(io.BytesIO(data))
     return np.asarray(image.resize((SIDE_PX, SIDE_PX), PillowImage.Resampling.BICUBIC))
+
+
+def striped_centre(data: bytes) -> np.ndarray:
+    """What a model of the centre square has to see, by Pillow alone."""
+    image = PillowImage.open(io.BytesIO(data))
+    return np.asarray(image.resize((SIDE_PX, SIDE_PX), PillowImage.Resampling.BICUBIC, box=(25, 0, 175, 150)))
 
 
 def size_of(png: bytes | str) -> tuple[int, int]:
@@ -100,6 +110,53 @@ def test_http_replay_and_review_see_all_of_it(
     shown = _shown(store, image, evidence, 80)
     assert shown is not None
     assert shown.shape == (60, 80, 3)
+
+
+def test_the_print_view_shows_all_of_it(stored: tuple[Store, Client, Any]) -> None:
+    _, client, prediction = stored
+    shown = re.findall(r'<img alt="[^"]*" src="data:image/png;base64,([^"]+)"', client.print_view(prediction.id))
+    assert len(shown) == 2
+    for png in shown:
+        width_px, height_px = size_of(png)
+        assert width_px * 3 == height_px * 4
+
+
+@pytest.mark.engines
+def test_another_engine_sees_all_of_it(
+    served: tuple[Bundle, RunningService], wanted: dict[str, float], tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    bundle, running = served
+    (tmp_path / "a.png").write_bytes(striped())
+    (found,) = Model(bundle, running.settings.model_copy(update={"engine": "openvino"})).predict(tmp_path / "a.png")
+    assert found.probabilities == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_candidate_that_sees_less_than_the_champion_sees_its_own_part(
+    served: tuple[Bundle, RunningService], tools: Any
+) -> None:
+    bundle, running = served
+    store = running.store
+    square = tools.make_bundle(store, 1)
+    with store.ledger.begin() as tx:
+        register(tx, square, status=ModelStatus.CANDIDATE)
+    with Client(running.url, admin_token(store.home), retry_s=0.0) as admin:
+        admin.roll_out(RolloutRequest(model=square.id, champion=bundle.id))
+        deadline = time.monotonic() + 600
+        while not (shadows := _shadows(store)):
+            admin.predict(striped())
+            assert time.monotonic() < deadline
+    centre = striped_centre(striped())
+    values = load_model(square, precision="fp32").predict(centre[None]).probabilities[0]
+    for row in shadows:
+        assert row.probabilities == pytest.approx(
+            dict(zip(store.taxonomy.codes, values.tolist(), strict=True)), abs=1e-5
+        )
+
+
+def _shadows(store: Store) -> list[Prediction]:
+    with store.ledger.read() as tx:
+        return tx.find(Prediction, where={"arm": Arm.SHADOW})
 
 
 def test_batch_python_and_graph_give_the_same(
