@@ -8,12 +8,15 @@ no group.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from records.errors import ContractError
 from records.ids import sha256_hex
 from records.types import Split
+
+if TYPE_CHECKING:
+    # Where it is used it is imported: it takes a third of a second, and most processes place no image.
+    import networkx as nx
 
 SPLIT_SHARES: dict[Split, float] = {
     Split.TRAIN: 0.58,
@@ -80,6 +83,8 @@ def place(
     Raises:
         ContractError: a link names an image that is neither new nor known.
     """
+    import networkx as nx
+
     # Groups become nodes of their own beside new images; the prefix keeps their ids apart.
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(new_images)
@@ -165,6 +170,8 @@ def _counts(size_of_class: Mapping[str, int]) -> dict[str, dict[Split, int]]:
     Every count of a class, and of all classes together, is its share rounded up or down. From five groups on no split
     is empty, for which below eight groups train gives up more than one.
     """
+    import networkx as nx
+
     # Rounding class by class would round a share of 0.1 of every small class to nothing, and the split stays empty.
     # A table can always be rounded so that rows and columns are rounded, too: as the cheapest flow from the classes
     # through the cells to the splits.
