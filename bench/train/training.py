@@ -55,6 +55,8 @@ LESIONS = 350
 WIDTH_PX = 600
 RAW_S = 6.0
 STARTS = 3
+FEEDINGS = 3
+"""Bursts of one and of two feeder processes, in turn: six seconds are short where the host changes its speed."""
 SHARE_BESIDE = 0.4
 """Of the images that are trained on alone, those beside a neighbour."""
 Figures = dict[str, Any]
@@ -161,7 +163,7 @@ class Bench:
         with watch:
             rounds = [self._round(number, alone, plan, peers) for number in range(1, self.rounds + 1)]
         starts = statistics.median(self._start_s(plan, f"start {number}") for number in range(STARTS))
-        feeding = [[feeder_rate(self.store, alone, plan, count) for count in (1, 2)] for _ in rounds]
+        feeding = [[feeder_rate(self.store, alone, plan, count) for count in (1, 2)] for _ in range(FEEDINGS)]
         rates = {name: round(statistics.mean(each.alone[name] for each in rounds), 1) for name in rounds[0].alone}
         beside = {name: round(statistics.mean(each.beside[name] for each in rounds), 1) for name in rates}
         default = next(iter(rates))
