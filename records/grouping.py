@@ -15,7 +15,7 @@ from records.ids import sha256_hex
 from records.types import Split
 
 if TYPE_CHECKING:
-    # Where it is used it is imported: it takes a third of a second, and most processes place no image.
+    # The functions that need it import it: that takes a third of a second, and most processes place no image.
     import networkx as nx
 
 SPLIT_SHARES: dict[Split, float] = {

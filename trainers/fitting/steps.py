@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SCORING_BATCH = 128
 SCORING_BATCH_ON_CPU = 32
-"""No slower than 128, which of ResNet-18 at 64 px need more memory than a training step of 64 images."""
+"""No slower than 128, with which validating ResNet-18 at 64 px took more memory than training it."""
 NAMED_IMAGES = 8
 
 logger = logging.getLogger(__name__)
