@@ -47,16 +47,14 @@ def striped(seed: int = 0) -> bytes:
     return file.getvalue()
 
 
-def squeezed(data: bytes) -> np.ndarray:
-    """What the model has to see, by Pillow alone."""
-    image = PillowImage.open(io.BytesIO(data))
-    return np.asarray(image.resize((SIDE_PX, SIDE_PX), PillowImage.Resampling.BICUBIC))
+CENTRE = (25, 0, 175, 150)
+"""The centre square of a `striped` image."""
 
 
-def striped_centre(data: bytes) -> np.ndarray:
-    """What a model of the centre square has to see, by Pillow alone."""
+def squeezed(data: bytes, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """What the model has to see, all of it or a part, by Pillow alone."""
     image = PillowImage.open(io.BytesIO(data))
-    return np.asarray(image.resize((SIDE_PX, SIDE_PX), PillowImage.Resampling.BICUBIC, box=(25, 0, 175, 150)))
+    return np.asarray(image.resize((SIDE_PX, SIDE_PX), PillowImage.Resampling.BICUBIC, box=box))
 
 
 def size_of(png: bytes | str) -> tuple[int, int]:
@@ -146,8 +144,8 @@ def test_a_candidate_that_sees_less_than_the_champion_sees_its_own_part(
         while not (shadows := _shadows(store)):
             admin.predict(striped())
             assert time.monotonic() < deadline
-    centre = striped_centre(striped())
-    values = load_model(square, precision="fp32").predict(centre[None]).probabilities[0]
+    seen = squeezed(striped(), CENTRE)
+    values = load_model(square, precision="fp32").predict(seen[None]).probabilities[0]
     for row in shadows:
         assert row.probabilities == pytest.approx(
             dict(zip(store.taxonomy.codes, values.tolist(), strict=True)), abs=1e-5
