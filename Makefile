@@ -82,25 +82,8 @@ bench: setup  ## time and memory of the demo; make bench-KIND measures train, tu
 bench-%: setup
 	$(BIN)/python -m bench $* --json
 
-soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (10)
-	$(BIN)/pytest -m soak
-	$(BIN)/python -m bench.drills.kill_training --workers 2 --kills 4
-	$(BIN)/python -m bench.drills.kill_matrix --points $(or $(POINTS),30)
-	RAY_AUTH_MODE=token $(BIN)/python -m bench.drills.chaos_tune --rounds 3 --kills 3
-	RAY_AUTH_MODE=token $(BIN)/python -m bench.drills.chaos_tune --rounds 2 --kills 3 --searcher pbt
-	$(BIN)/python -m bench.drills.fuzz_api --uploads 10000 --examples 40
-	$(BIN)/python -m bench.drills.release_drills
-	$(BIN)/python -m bench.drills.interleaved --calls 1000 --predictors 3 --ingresses 2
-	$(BIN)/python -m bench.drills.kill_service --kills 2
-	$(BIN)/python -m bench.drills.kill_database --rounds 3
-	$(BIN)/python -m bench.drills.power_cut --moments 200
-	$(BIN)/python -m bench abuse --minutes 5
-	$(BIN)/python -m bench.drills.two_services --minutes $(or $(MINUTES),10)
-	$(BIN)/python -m bench.drills.label_chaos --items 2000 --kills 20
-	$(BIN)/python -m bench.drills.two_nodes --trials 6 --epochs 8
-	$(BIN)/python -m bench.drills.three_nodes
-	$(BIN)/python -m bench.drills.scaling --nodes 3 --loopback --device-ms 200 --rollout --kill-every 20
-	$(BIN)/python -m bench.drills.soak --minutes $(or $(MINUTES),10)
+soak: setup  ## the long forms in one go, hours: tests and drills; demo after demo for MINUTES (10); logs in build/soak
+	$(BIN)/python -m bench.drills.soak --minutes $(or $(MINUTES),10) --points $(or $(POINTS),30) $(PARTS)
 
 audit: setup $(AUDIT_TOOLS)/.installed  ## bills of materials, and known vulnerabilities of what is pinned (asks OSV)
 	.ci/audit $(AUDIT_TOOLS) $(VENV) build/audit
