@@ -5,17 +5,19 @@ A `DataPlan` names images and labels and can be sent to any node; `open` makes i
 dataset version and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from records.arrays import FloatArray, IntArray
 from records.errors import ContractError, DataError
-from records.ids import sha256_hex
+from records.ids import hash_of, sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Split
+from trainers.fitting.checkpoints import Identity
 from trainers.fitting.feeding import PixelSource, Stream
 from trainers.optimization.distillation import Lesson
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from records.datasets import DatasetVersion
     from records.frames import Frame
     from records.store import Store
+    from trainers.augmentation import Policy
+    from trainers.settings import TrainersSettings
 
 
 Rgb = tuple[float, float, float]
@@ -177,11 +181,28 @@ class DataPlan:
         rows = DataFrame({"image_id": self.image_ids[:n], "group_id": self.group_ids[:n], "label": self.labels[:n]})
         # Always seed 0, whatever the run's seed: trials with different seeds train on the same images.
         chosen = set(grouped_subset(rows, max_train_images, seed=0)["image_id"])
-        kept = [row for row, image_id in enumerate(self.image_ids) if row >= n or image_id in chosen]
+        return self._of_rows([row for row, image_id in enumerate(self.image_ids) if row >= n or image_id in chosen])
+
+    def part(self, number: int, count: int) -> "DataPlan":
+        """Return the plan with one of `count` parts of the training images, 1-based: whole groups, val untouched.
+
+        Raises ContractError: the plan knows no groups.
+        """
+        if count == 1:
+            return self
+        if not self.group_ids:
+            raise ContractError("a plan without groups cannot be divided")
+        # By a hash of its id a group is in the same part for every peer, whatever else its dataset holds.
+        mine = [int(sha256_hex(group.encode())[:8], 16) % count == number - 1 for group in self.group_ids]
+        return self._of_rows([row for row, own in enumerate(mine) if row >= self.num_train or own])
+
+    def _of_rows(self, kept: list[int]) -> "DataPlan":
+        if self.lesson is not None:
+            raise ContractError("a plan is limited and divided before a teacher is asked about its images")
         return DataPlan(
             image_ids=[self.image_ids[row] for row in kept],
             labels=self.labels[kept],
-            num_train=sum(row < n for row in kept),  # not the number of images: one may come more than once
+            num_train=sum(row < self.num_train for row in kept),  # of rows: an image may come more than once
             group_ids=[self.group_ids[row] for row in kept],
         )
 
@@ -193,11 +214,10 @@ class DataPlan:
         """
         from images.streaming import stream_pixels
 
-        rows = np.arange(len(self.image_ids), dtype=np.int64)
-        train, val = rows[: self.num_train], rows[self.num_train :]
-        sample = evenly_spaced(train, MOST_IMAGES)
+        sample = evenly_spaced(np.arange(self.num_train, dtype=np.int64), MOST_IMAGES)
+        val = np.arange(self.num_train, len(self.image_ids), dtype=np.int64)
         pixels = stream_pixels(store, self.image_ids, np.concatenate([sample, val]), frame)
-        return TrainingData(pixels, self.image_ids, self.labels, train, val, pixels.batches)
+        return self._with_pixels(pixels, pixels.batches)
 
     def open(self, store: "Store", frame: "Frame", progress: "Progress | None" = None) -> TrainingData:
         """Decode what this node has not decoded yet, and map the pixels.
@@ -212,13 +232,17 @@ class DataPlan:
 
     def mapped(self, cache: "PixelCache") -> TrainingData:
         """Map the pixels of a cache that has them all."""
+        return self._with_pixels(cache.rows(self.image_ids))
+
+    def _with_pixels(self, pixels: PixelSource, stream: Stream | None = None) -> TrainingData:
         rows = np.arange(len(self.image_ids), dtype=np.int64)
         return TrainingData(
-            pixels=cache.rows(self.image_ids),
-            image_ids=self.image_ids,
-            labels=self.labels,
+            pixels,
+            self.image_ids,
+            self.labels,
             train_index=rows[: self.num_train],
             val_index=rows[self.num_train :],
+            stream=stream,
             lesson=self.lesson,
         )
 
@@ -245,4 +269,24 @@ def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy, trained_on: Sequenc
         labels=np.array([taxonomy.index_of(code) for code in codes], dtype=np.int64),
         num_train=len(codes) - len(parts[-1]),
         group_ids=[group_id for part in parts for group_id in part["group_id"]],
+    )
+
+
+def identity_of(
+    settings: "TrainersSettings",
+    data: TrainingData,
+    taxonomy: Taxonomy,
+    policy: "Policy",
+    initial_weights: "Mapping[str, NDArray[Any]] | None",
+) -> Identity:
+    """Return what a run on these images is made of."""
+    # By their content, so that the same weights at another path give the same identity.
+    start = {name: sha256_hex(np.ascontiguousarray(value).tobytes()) for name, value in (initial_weights or {}).items()}
+    return Identity(
+        recipe_hash=settings.recipe_hash(),
+        policy_hash=policy.content_hash(),
+        taxonomy_hash=taxonomy.hash,
+        data_hash=data.content_hash(),
+        start_hash=hash_of(start),
+        teacher_id=data.lesson.teacher_id if data.lesson is not None else None,
     )

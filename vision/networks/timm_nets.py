@@ -295,13 +295,16 @@ def _split(name: str, model: Any, head_dropout: float, side_px: int) -> SplitNet
 
 def _require_whole_patches(name: str, model: Any, side_px: int) -> None:
     """Refuse a side of which patches would leave a rim that the network does not see."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    patch_px = int(patch[0]) if isinstance(patch, tuple) else 1
-    if side_px % patch_px:
-        below = side_px // patch_px * patch_px
+    filters = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(filters, nn.Conv2d) or isinstance(filters.padding, str):
+        return
+    patch_px, step_px, rim_px = filters.kernel_size[0], filters.stride[0], int(filters.padding[0])
+    # Patches that overlap, or reach over the rim, see pixels beyond the last whole step.
+    if (side_px + 2 * rim_px - patch_px) % step_px > rim_px:
+        below = side_px // step_px * step_px
         raise ConfigError(
-            f"{name} reads patches of {patch_px} px, and trainers.model.side_px is {side_px}; take a multiple, such as "
-            f"{below or patch_px} or {below + patch_px}"
+            f"{name} reads patches of {patch_px} px, and trainers.model.side_px is {side_px}; take a multiple of "
+            f"{step_px}, such as {max(below, patch_px)} or {max(below, patch_px) + step_px}"
         )
 
 

@@ -14,6 +14,7 @@ from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import Split
 from trainers.fitting.training_data import TrainingData, evenly_spaced, pixel_statistics, plan_data
+from trainers.optimization.distillation import Lesson
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,32 @@ def test_a_plan_without_groups_cannot_be_limited(filled_store: Store, dataset: D
     plan = replace(plan_data(dataset, filled_store.taxonomy), group_ids=[])
     with pytest.raises(ContractError, match="a plan without groups cannot be limited"):
         plan.limited(10)
+
+
+def test_parts_are_disjoint_groups_that_together_are_all_of_train(filled_store: Store, dataset: DatasetVersion) -> None:
+    whole = plan_data(dataset, filled_store.taxonomy)
+    parts = [whole.part(number, 3) for number in (1, 2, 3)]
+    trained = [part.image_ids[: part.num_train] for part in parts]
+    assert sorted(image_id for ids in trained for image_id in ids) == sorted(whole.image_ids[: whole.num_train])
+    groups = [set(part.group_ids[: part.num_train]) for part in parts]
+    assert all(groups)
+    assert not groups[0] & groups[1] | groups[1] & groups[2] | groups[0] & groups[2]
+    label_of = dict(zip(whole.image_ids, whole.labels, strict=True))
+    for part in parts:
+        assert part.image_ids[part.num_train :] == whole.image_ids[whole.num_train :]
+        assert [label_of[image_id] for image_id in part.image_ids] == list(part.labels)
+    assert whole.part(1, 1) is whole
+
+
+def test_a_plan_keeps_its_teacher_however_it_is_opened(filled_store: Store, dataset: DatasetVersion) -> None:
+    plan = plan_data(dataset, filled_store.taxonomy)
+    logits = np.zeros((plan.num_train, len(filled_store.taxonomy.codes)), dtype=np.float32)
+    taught = replace(plan, lesson=Lesson("a" * 64, logits))
+    assert taught.open(filled_store, Frame(32)).lesson is taught.lesson
+    assert taught.stream(filled_store, Frame(32)).lesson is taught.lesson
+    for smaller in (lambda: taught.limited(10), lambda: taught.part(1, 2)):
+        with pytest.raises(ContractError, match="before a teacher is asked"):
+            smaller()
 
 
 def test_statistics_are_those_of_the_training_images(toy_data: TrainingData) -> None:

@@ -206,6 +206,14 @@ def test_the_extra_is_named_where_timm_is_missing(monkeypatch: pytest.MonkeyPatc
         MODELS["timm/resnet18"]
 
 
+def test_patches_that_overlap_see_sides_that_are_no_multiple_of_them() -> None:
+    """pvt_v2 reads 7 px every 4 px, three of them beyond the rim: at 64 px it sees every pixel."""
+    network = build_model("timm/pvt_v2_b0", 3, side_px=64).eval()
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (seen,) = torch.autograd.grad(network(image).square().sum(), image)
+    assert bool((seen != 0).any(dim=1).all())
+
+
 def test_a_side_that_does_not_fit_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"levit_128s cannot be used at 50 px .*was published for 224 px"):
         build_model("timm/levit_128s", 3, side_px=50)
