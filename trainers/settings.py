@@ -32,10 +32,12 @@ BestBy = Literal["balanced_accuracy", "macro_auc", "even_loss", "last"]
 MACHINERY = frozenset({"workers"})
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
 NO_TRACE = frozenset({
-    "checkpoint_every_steps", "contact_timeout_s", "feeders", "max_failures", "prefetch_batches",
-    "read_loss_every_steps",
+    "checkpoint_every_steps", "contact_timeout_s", "feeders", "max_failures", "peers.addresses", "peers.announce",
+    "peers.averaging_timeout_s", "peers.fewest", "peers.group", "peers.listen", "peers.matchmaking_s",
+    "peers.patience_s", "prefetch_batches", "read_loss_every_steps",
 })  # fmt: skip
-"""Fields of `workers` that change no bit of a model; the others, such as `threads`, change how it is rounded."""
+"""Fields of `workers` that change no bit of a model, or name other sites; others, such as `threads`, change how it is
+rounded."""
 NO_RECIPE = MACHINERY | {"refit"}
 """Fields that are no part of one training's recipe: a refit is a second training, with a recipe of its own."""
 
@@ -123,6 +125,15 @@ class TrainersSettings(RoomSettings):
         return self
 
     @model_validator(mode="after")
+    def _peers_train_equally_long(self) -> Self:
+        if self.refit and strategy_of(self.workers).peers:
+            raise ValueError(
+                "refit trains again for the epochs that val chose, and each peer's val may choose others; take "
+                "refit=false with strategy hivemind"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _val_is_not_asked_about_itself(self) -> Self:
         if self.train_splits == "train":
             return self
@@ -154,7 +165,8 @@ class TrainersSettings(RoomSettings):
 
     def kept(self) -> dict[str, Any]:
         """Return what a bundle keeps, as JSON: all that can change a bit of the model, so that equal ones are one."""
-        return self.model_dump(mode="json", exclude={"workers": set(NO_TRACE)})
+        peers = {name.removeprefix("peers.") for name in NO_TRACE if name.startswith("peers.")}
+        return self.model_dump(mode="json", exclude={"workers": {**dict.fromkeys(NO_TRACE, True), "peers": peers}})
 
     def flat(self) -> dict[str, Any]:
         """Return every value as JSON by its dotted name, such as `optimizer.momentum`."""

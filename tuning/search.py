@@ -27,6 +27,7 @@ from trainers.augmentation import load_policy
 from trainers.augmentation.registry import YAML_SUFFIXES
 from trainers.fitting.pretend import leaky_plan
 from trainers.fitting.training_data import DataPlan, plan_data
+from trainers.optimization.strategies import strategy_of
 from trainers.settings import MACHINERY, TrainersSettings, flat_values
 from trainers.tracking.server import Tracked
 from trainers.tracking.settings import TrackingSettings
@@ -110,8 +111,13 @@ def search(
 def _planned(store: Store, tuning: TuningSettings, trainers: TrainersSettings, dataset: DatasetVersion) -> DataPlan:
     """Return the images of a search, train and val.
 
-    Raises ConfigError: a trial would be chosen by what it was trained on.
+    Raises ConfigError: a trial would be chosen by what it was trained on, or would need peers.
     """
+    if strategy_of(trainers.workers).peers:
+        raise ConfigError(
+            "a search tries many recipes, and peers train one; search at one site with "
+            "--set trainers.workers.strategy=auto, and train its winner with peers"
+        )
     if trainers.train_splits != "train":
         raise ConfigError(
             "a search compares trials on val, and trainers.train_splits trains on it; leave it at train, and set "

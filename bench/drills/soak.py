@@ -64,6 +64,7 @@ def parts(minutes: float, points: int, *, root: bool) -> list[Part]:
         Part("two_nodes", "bench.drills.two_nodes", "--trials 6 --epochs 8"),
         Part("three_nodes", "bench.drills.three_nodes", networks),
         Part("scaling", "bench.drills.scaling", f"--nodes 3 {loopback} --device-ms 200 --rollout --kill-every 20"),
+        Part("peers", "bench.drills.peers"),
         Part("demo_on_postgres", "bench.drills.demo_on_postgres"),
         Part("repeated_demo", "bench.drills.repeated_demo", f"--minutes {minutes:g}"),
     ]

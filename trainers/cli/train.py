@@ -48,6 +48,9 @@ def train_command(
     strategy: Annotated[
         str | None, typer.Option(help="How processes share the work: {choices}.", autocompletion=_strategies)
     ] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="With strategy hivemind: addresses of peers to join, separated by commas.")
+    ] = None,
     start_from: Annotated[
         str | None, typer.Option(help="Model to fine-tune: id prefix, bundle path or champion.")
     ] = None,
@@ -66,7 +69,7 @@ def train_command(
     from trainers.fitting.fit import METRICS_FILE
     from trainers.fitting.run import run_folder, train_and_register
 
-    trainers = _with_options(call.settings.trainers, workers, strategy, refit)
+    trainers = _with_options(call.settings.trainers, workers, strategy, peers, refit)
     with call.store() as store, progress() as bar:
         made_of = {
             role: find_bundle(store, name) if name else None
@@ -109,11 +112,12 @@ def _full_catalogue(ctx: typer.Context) -> "Catalogue":
 
 
 def _with_options(
-    trainers: "TrainersSettings", workers: int | None, strategy: str | None, refit: bool
+    trainers: "TrainersSettings", workers: int | None, strategy: str | None, peers: str | None, refit: bool
 ) -> "TrainersSettings":
     options: dict[str, tuple[str, Any]] = {
         "--workers": ("workers.count", workers),
         "--strategy": ("workers.strategy", strategy),
+        "--peers": ("workers.peers.addresses", tuple(peers.split(",")) if peers is not None else None),
         "--refit": ("refit", refit or None),
     }
     given = {option: pair for option, pair in options.items() if pair[1] is not None}

@@ -140,6 +140,15 @@ def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe)
     return replace(checkpoint, identity=replace(checkpoint.identity, **asdict(taker)))
 
 
+def rebased(checkpoint: Checkpoint, identity: Identity) -> Checkpoint:
+    """Return another peer's checkpoint for a run on other images, at the start of the epoch that it is in.
+
+    All but the data of both runs has to be the same, which `require_same_run` checks after it.
+    """
+    own = replace(checkpoint.identity, data_hash=identity.data_hash)
+    return replace(checkpoint, identity=own, step=0, loss_sum=0.0)
+
+
 def further(one: Checkpoint | None, other: Checkpoint | None) -> Checkpoint | None:
     """Return the checkpoint that is further on; the first of two at the same position."""
     if one is None or other is None:

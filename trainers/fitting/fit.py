@@ -46,6 +46,7 @@ from trainers.fitting.suitability import Outputs, faithfulness_of, outputs_of, s
 from trainers.fitting.teacher import require_unseen, taught
 from trainers.fitting.training_data import TRAINED_ON, DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
+from trainers.optimization.strategies import require_peers_known, strategy_of
 from trainers.settings import TrainersSettings
 from trainers.tracking.tensorboard import FOLDER, EventFiles
 from vision.calibration.decision import DecisionSettings, decision_rule, labels_of
@@ -124,9 +125,7 @@ def fit(
     policy, num_classes = load_policy(settings.augmentation), len(store.taxonomy.codes)
     start = None if start_from is not None else starting_weights(settings.model, num_classes, settings.seed)
     initial_weights = start.values if start is not None else _weights_of(store, start_from, settings, dataset)
-    trained_on = TRAINED_ON[settings.train_splits]
-    plan = plan_data(dataset, store.taxonomy, trained_on).limited(settings.max_train_images)
-    require_splits(dataset)
+    trained_on, plan = TRAINED_ON[settings.train_splits], _plan_of(dataset, store.taxonomy, settings)
     # Before the training: a rule that the taxonomy has no costs for would be refused after it.
     decision_rule(settings.decision.rule, store.taxonomy, dict.fromkeys(store.taxonomy.codes, 1.0))
     context = fitted_context(store, plan, settings.context)
@@ -136,7 +135,7 @@ def fit(
     events = EventFiles(run_dir / FOLDER, settings.flat(), told=epochs_in(run_dir / METRICS_FILE))
     log = MetricsLog(run_dir / METRICS_FILE, on_epoch, events)
     job = job_of(store, settings, plan, run_dir, policy, initial_weights)
-    trained = _trained(job, store, use_ray, log, on_step)
+    trained = _trained(job, store, dataset.id, use_ray, log, on_step)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
     facts = _training_facts(trained, policy, plan, first_fit)
@@ -145,8 +144,21 @@ def fit(
     return write_fitted(store, dataset, plan, trained, origin, choices, progress)
 
 
-def _trained(job: Job, store: Store, use_ray: bool, on_epoch: OnEpoch, on_step: OnStep | None) -> TrainedModel:
+def _plan_of(dataset: DatasetVersion, taxonomy: Taxonomy, settings: TrainersSettings) -> DataPlan:
+    require_peers_known(settings.workers)
+    plan = plan_data(dataset, taxonomy, TRAINED_ON[settings.train_splits])
+    require_splits(dataset)
+    return plan.limited(settings.max_train_images).part(*settings.workers.peers.share)
+
+
+def _trained(
+    job: Job, store: Store, dataset_id: str, use_ray: bool, on_epoch: OnEpoch, on_step: OnStep | None
+) -> TrainedModel:
     settings, plan = job.settings, job.plan
+    if strategy_of(settings.workers).peers:
+        from trainers.fitting.peers import train_with_peers
+
+        return train_with_peers(job, plan.open(store, settings.model.frame), dataset_id, on_epoch, on_step)
     if use_ray:
         from trainers.fitting.distributed import fit_distributed
 
@@ -359,6 +371,7 @@ def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan, first
     return {
         # Of a refit: the model whose val chose the epochs. The fields of val below are of calibration then.
         **({} if first_fit is None else {"first_fit": first_fit.id}),
+        **({} if trained.peers is None else {"peers": trained.peers}),
         "epochs": len(trained.reports),
         "best_epoch": trained.best_epoch,
         "train_images": plan.num_train,

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -25,12 +24,11 @@ from images.decode import DECODE_VERSION
 from records.arrays import IntArray
 from records.bundles import Geometry
 from records.errors import DivergedError, UnavailableError
-from records.ids import hash_of, sha256_hex
 from records.memory import keep_freed_memory
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, Policy, load_policy
 from trainers.augmentation.operations import Canvas
-from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_same_run
+from trainers.fitting.checkpoints import Checkpoint, Weights, require_same_run
 from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep, best_epoch_of
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.frozen import without_frozen
@@ -38,7 +36,7 @@ from trainers.fitting.part_threads import part_threads
 from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
 from trainers.fitting.steps import LossWatch, Stepper, find_batch_size, validate
-from trainers.fitting.training_data import Rgb, TrainingData, evenly_spaced, pixel_statistics
+from trainers.fitting.training_data import Rgb, TrainingData, evenly_spaced, identity_of, pixel_statistics
 from trainers.fitting.workers import (
     SingleWorker,
     WorkerGroup,
@@ -76,6 +74,7 @@ class TrainedModel:
         reports: of all epochs.
         best_epoch: 1-based; the one that validated best by `settings.best_epoch_by`.
         num_threads: number of threads that each worker computed with.
+        peers: facts about averaging with other sites; None without any.
     """
 
     network: nn.Module
@@ -83,6 +82,7 @@ class TrainedModel:
     reports: list[EpochReport]
     best_epoch: int
     num_threads: int
+    peers: dict[str, int] | None = None
 
     @property
     def best(self) -> EpochReport:
@@ -192,7 +192,7 @@ class _Run:
         self._group = group
         self._images = images
         self.on_step: OnStep | None = None
-        self._identity = _identity(settings, data, taxonomy, policy, initial_weights)
+        self._identity = identity_of(settings, data, taxonomy, policy, initial_weights)
         found = group.load()
         if found is not None:
             require_same_run(found, self._identity)
@@ -204,7 +204,7 @@ class _Run:
         self._stopped = found.finished if found else False
         # A resumed run takes them from its checkpoint, which `require_same_run` found to be of the same images.
         known = (found.mean, found.std) if found else settings.model.own_pixels
-        mean, std = known or pixel_statistics(data.pixels, data.train_index)
+        mean, std = group.shared_pixels(*(known or pixel_statistics(data.pixels, data.train_index)))
         self._geometry = geometry_of(settings.model, mean, std)
         self._statistics_rows = _statistics_rows(data, group)
         # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
@@ -317,6 +317,7 @@ class _Run:
             # the generator's state: a resumed epoch drops the same units.
             torch.manual_seed(derive_seed(settings.seed, epoch, self._step, self._group.rank, "torch"))
             watch.add(self._stepper.train_step(batch), batch)
+            self._group.after_step(self._network, epoch, self._step + 1, steps)
             if self._average:
                 self._average.update(epoch * steps + self._step)
             self._step += 1
@@ -470,25 +471,6 @@ def _statistics_rows(data: TrainingData, group: WorkerGroup) -> IntArray:
     # is a collective operation, which all workers have to run equally often.
     shared = len(measured) // group.world_size * group.world_size
     return measured[:shared][group.rank :: group.world_size]
-
-
-def _identity(
-    settings: TrainersSettings,
-    data: TrainingData,
-    taxonomy: Taxonomy,
-    policy: Policy,
-    initial_weights: Mapping[str, NDArray[Any]] | None,
-) -> Identity:
-    # By their content, so that the same weights at another path give the same identity.
-    start = {name: sha256_hex(np.ascontiguousarray(value).tobytes()) for name, value in (initial_weights or {}).items()}
-    return Identity(
-        recipe_hash=settings.recipe_hash(),
-        policy_hash=policy.content_hash(),
-        taxonomy_hash=taxonomy.hash,
-        data_hash=data.content_hash(),
-        start_hash=hash_of(start),
-        teacher_id=data.lesson.teacher_id if data.lesson is not None else None,
-    )
 
 
 def _copy_to_cpu(network: nn.Module) -> Weights:

@@ -15,6 +15,7 @@ from trainers.evaluation.slices import with_context, with_slices
 from trainers.fitting.epoch_report import EpochBar
 from trainers.fitting.fit import METRICS_FILE
 from trainers.fitting.refit import fit_and_register
+from trainers.optimization.strategies import strategy_of
 from trainers.tracking.server import Tracked
 from trainers.tracking.settings import TrackingSettings
 from vision.inference.loaded import load_model
@@ -45,6 +46,8 @@ def run_folder(
     RefusedError is raised if there is such a training and it shall not be resumed, or the other way round.
     """
     made_of = [trainers.recipe_hash(), dataset.id, start_from.id if start_from is not None else None]
+    if strategy_of(trainers.workers).peers:
+        made_of.append(f"part {trainers.workers.peers.part}")
     identity = hash_of(made_of if distill_from is None else [*made_of, distill_from.id])
     run_dir = store.home.runs / f"train-{identity[:12]}"
     begun = (run_dir / METRICS_FILE).is_file()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import nn
 from records.errors import IntegrityError, UnavailableError
 from trainers.fitting.checkpoints import Checkpoint, further, load_checkpoint, save_checkpoint
 from trainers.optimization.strategies import StrategyRecipe, WorkersSettings
+
+if TYPE_CHECKING:
+    from trainers.fitting.training_data import Rgb
 
 CHECKPOINT_FILE = "checkpoint.pt"
 GROUP_FOLDER = "ray"
@@ -49,6 +52,14 @@ class WorkerGroup(Protocol):
         """Make the running statistics of batch norm the same on every worker."""
         ...
 
+    def shared_pixels(self, mean: "Rgb", std: "Rgb") -> "tuple[Rgb, Rgb]":
+        """Return mean and deviation of the images, the same on every worker."""
+        ...
+
+    def after_step(self, network: nn.Module, epoch: int, step: int, steps: int) -> None:
+        """Called after an optimizer step, the 1-based `step` of `steps`, with the weights, which it may change."""
+        ...
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint, replacing the one before."""
         ...
@@ -58,7 +69,18 @@ class WorkerGroup(Protocol):
         ...
 
 
-class SingleWorker:
+class _OnOneData:
+    """What workers have in common that train on the same images: nothing is left to agree on."""
+
+    def shared_pixels(self, mean: "Rgb", std: "Rgb") -> "tuple[Rgb, Rgb]":
+        """Return them: every worker computed the same."""
+        return mean, std
+
+    def after_step(self, network: nn.Module, epoch: int, step: int, steps: int) -> None:
+        """Do nothing: gradients were averaged before the step."""
+
+
+class SingleWorker(_OnOneData):
     """A group of one.
 
     Args:
@@ -177,7 +199,7 @@ def any_of(group: WorkerGroup, flag: bool) -> bool:
     return bool(np.concatenate(group.gather(np.array([flag]))).any())
 
 
-class ProcessGroup:
+class ProcessGroup(_OnOneData):
     """A `WorkerGroup` over the default process group.
 
     Args:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from records.errors import ConfigError
 from records.registry import Registered, Registry
 from records.settings import RoomSettings, checked_by
+from trainers.optimization.peers import PeersSettings
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +36,20 @@ class StrategyRecipe(Registered):
         processes: how many it runs on.
         shards: what each process holds only a part of.
         elastic: whether the number of processes may change while it runs.
+        peers: whether processes of other sites take part, each with images of its own.
     """
 
     wrap: "Callable[[nn.Module, torch.device], nn.Module]" = field(repr=False)
     processes: str
     shards: tuple[str, ...] = ()
     elastic: bool = False
+    peers: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """Return processes, what is sharded, and whether it is elastic."""
-        return {"processes": self.processes, "shards": list(self.shards), "elastic": self.elastic}
+        """Return processes, what is sharded, whether it is elastic, and whether other sites take part."""
+        return {
+            "processes": self.processes, "shards": list(self.shards), "elastic": self.elastic, "peers": self.peers,
+        }  # fmt: skip
 
 
 def _alone(network: "nn.Module", device: "torch.device") -> "nn.Module":
@@ -115,6 +121,14 @@ STRATEGIES: Registry[StrategyRecipe] = Registry(
             processes="minimum to count",
             elastic=True,
         ),
+        StrategyRecipe(
+            name="hivemind",
+            description="one process at each of several sites, over the internet: each trains on its own images, and "
+            "their weights are averaged several times per epoch",
+            wrap=_alone,
+            processes="1",
+            peers=True,
+        ),
     ),
 )
 
@@ -178,18 +192,26 @@ class WorkersSettings(RoomSettings):
     contact_timeout_s: float = Field(
         default=60.0, gt=0, le=86_400, description="limit for the first message between workers, seconds"
     )
+    peers: PeersSettings = Field(default=PeersSettings(), description="other sites, with strategy hivemind")
     prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.strategy == "single" and self.count > 1:
-            raise ValueError(f"strategy 'single' is one process and count is {self.count}; take ddp, or count=1")
-        if strategy_of(self).elastic and self.minimum > self.count:
+        strategy = strategy_of(self)
+        if strategy.processes == "1" and self.count > 1:
+            raise ValueError(
+                f"strategy '{strategy.name}' is one process and count is {self.count}; take ddp, or count=1"
+            )
+        if strategy.peers and self.data_source == "stream":
+            raise ValueError(
+                f"strategy '{strategy.name}' knows no data_source 'stream', which needs Ray; take data_source=cache"
+            )
+        if strategy.elastic and self.minimum > self.count:
             raise ValueError(
                 f"minimum {self.minimum} is more than count {self.count}; take minimum={self.count} or fewer"
             )
-        if self.parallel_parts not in ("auto", 1) and (strategy_of(self).processes != "1" or self.compile):
-            other = "compile is true" if self.compile else f"the strategy is '{strategy_of(self).name}'"
+        if self.parallel_parts not in ("auto", 1) and (strategy.processes != "1" or self.compile):
+            other = "compile is true" if self.compile else f"the strategy is '{strategy.name}'"
             raise ValueError(
                 f"parallel_parts is {self.parallel_parts} and {other}; parts are computed side by side by a single "
                 "worker whose network is not compiled; take parallel_parts=auto"
@@ -206,6 +228,16 @@ def strategy_of(settings: WorkersSettings) -> StrategyRecipe:
     if settings.strategy != AUTO:
         return STRATEGIES[settings.strategy]
     return STRATEGIES["single" if settings.count == 1 else "ddp"]
+
+
+def require_peers_known(settings: WorkersSettings) -> None:
+    """Raise ConfigError if peers are set and the strategy knows none."""
+    # Not a validator: the command's option --strategy comes after the settings.
+    strategy = strategy_of(settings)
+    if settings.peers != PeersSettings() and not strategy.peers:
+        raise ConfigError(
+            f"trainers.workers.peers is set, and strategy '{strategy.name}' knows no peers; take --strategy hivemind"
+        )
 
 
 @contextmanager

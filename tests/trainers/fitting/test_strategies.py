@@ -145,8 +145,8 @@ def test_two_workers_that_stopped_in_their_first_epoch_end_as_those_that_did_not
         assert run == whole, moment
 
 
-def test_the_registry_holds_four_and_auto_is_one_of_them() -> None:
-    assert STRATEGIES.names == ("single", "ddp", "fsdp", "elastic")
+def test_the_registry_holds_five_and_auto_is_one_of_them() -> None:
+    assert STRATEGIES.names == ("single", "ddp", "fsdp", "elastic", "hivemind")
     assert strategy_of(WorkersSettings()).name == "single"
     assert strategy_of(WorkersSettings(count=2)).name == "ddp"
     assert strategy_of(WorkersSettings(count=2, strategy="fsdp")).shards

@@ -1,0 +1,221 @@
+"""Train with peers on loopback, and compare their loss with that of one process after the same images.
+
+    .venv/bin/python -m bench.drills.peers [--lesions 400] [--epochs 8]
+
+Every peer is a process with a home of its own and a part of the training images, divided by group. Two peers train
+together; then three, of which one joins late and one is killed (kill -9). The loss on val of every peer that
+finishes may be at most 5 % above that of one process that trains on all images, at the epoch after which it has seen
+as many. Prints one JSON object; the exit code is 1 if a peer failed, one loss is higher, or a process is left.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from bench.processes import processes_with
+
+MOST_ABOVE = 0.05
+BATCH = 24
+LIMIT_S = 900.0
+GONE_WITHIN_S = 60.0
+SETTINGS = (
+    "model.name=custom_cnn_base",
+    "model.dropout=0",
+    "model.side_px=32",
+    "augmentation=none",
+    "optimizer.learning_rate=0.003",
+    "best_epoch_by=last",
+    "precision=fp32",
+    "workers.use_gpu=false",
+    "workers.threads=1",
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A training that runs.
+
+    Args:
+        home: of its own.
+        process: of the command.
+    """
+
+    home: Path
+    process: subprocess.Popen[bytes]
+
+    def address(self) -> str:
+        """Wait for the address that others join by, and return it."""
+        return self._first("peer-address.txt").read_text().split()[0]
+
+    def wait_for_epochs(self, count: int) -> None:
+        """Wait until so many epochs are done."""
+        self._until(lambda: len(val_losses(self.home)) >= count)
+
+    def _first(self, name: str) -> Path:
+        self._until(lambda: any(self.home.glob(f"runs/*/{name}")))
+        return next(self.home.glob(f"runs/*/{name}"))
+
+    def _until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not holds():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the peer in {self.home} did not get on:\n{(self.home / 'log').read_text()[-2000:]}")
+            time.sleep(0.05)
+
+
+def val_losses(home: Path) -> list[float]:
+    """Return the loss on val after each epoch that is done."""
+    lines = [line for path in home.glob("runs/*/metrics.jsonl") for line in path.read_text().splitlines()]
+    return [json.loads(line)["val_loss"] for line in lines]
+
+
+def generated(folder: Path, lesions: int) -> None:
+    """Generate images of so many lesions."""
+    command = [sys.executable, "-m", "cluster.cli", "data", "synth", str(folder), "--lesions", str(lesions)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+
+
+def prepared(home: Path, images: Path) -> Path:
+    """Import the images into a home of its own."""
+    command = [sys.executable, "-m", "cluster.cli", "data", "import", str(images)]
+    subprocess.run(command, env=_environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return home
+
+
+def start(
+    home: Path, epochs: int, settings: Sequence[str], peer: Sequence[str] = (), addresses: Sequence[str] = ()
+) -> Peer:
+    """Start a training on the images of a home; `peer` holds further settings of trainers.workers.peers."""
+    chosen = [*SETTINGS, f"epochs={epochs}", *settings]
+    words = [word for setting in chosen for word in ("--set", f"trainers.{setting}")]
+    words += [word for setting in peer for word in ("--set", f"trainers.workers.peers.{setting}")]
+    strategy = ["--strategy", "hivemind"] if peer else []
+    strategy += ["--peers", ",".join(addresses)] if addresses else []
+    with (home / "log").open("wb") as log:
+        command = [sys.executable, "-m", "cluster.cli", "train", *strategy, *words]
+        return Peer(home, subprocess.Popen(command, env=_environment(home), stdout=log, stderr=log))
+
+
+def finish(*peers: Peer) -> None:
+    """Wait for the end of trainings that all have to succeed; one that fails keeps the others waiting."""
+    deadline = time.monotonic() + LIMIT_S
+    while any(peer.process.poll() is None for peer in peers):
+        for peer in peers:
+            if peer.process.poll() or time.monotonic() > deadline:
+                raise SystemExit(f"the peer in {peer.home} failed:\n{(peer.home / 'log').read_text()[-2000:]}")
+        time.sleep(0.1)
+    for peer in peers:
+        if peer.process.returncode:
+            raise SystemExit(f"the peer in {peer.home} failed:\n{(peer.home / 'log').read_text()[-2000:]}")
+
+
+def two_peers(homes: Sequence[Path], epochs: int, alone: Sequence[float], matchmaking_s: float) -> dict[str, Any]:
+    """Let two peers train together from start to end."""
+    batch = [f"batch_size={BATCH // 2}"]
+    common = [f"matchmaking_s={matchmaking_s}", "fewest=2"]
+    with ExitStack() as stack:
+        first = _until_end(stack, start(homes[0], epochs, batch, [*common, "part=1/2"]))
+        second = _until_end(stack, start(homes[1], epochs, batch, [*common, "part=2/2"], [first.address()]))
+        finish(first, second)
+    return {"peers": [_compared(home, epochs, alone) for home in homes[:2]]}
+
+
+def three_peers(homes: Sequence[Path], epochs: int, alone: Sequence[float], matchmaking_s: float) -> dict[str, Any]:
+    """Let a third peer join after an epoch, and kill the second one after half of all."""
+    batch = [f"batch_size={BATCH // 3}"]
+    common = [f"matchmaking_s={matchmaking_s}"]
+    with ExitStack() as stack:
+        first = _until_end(stack, start(homes[0], epochs, batch, [*common, "part=1/3", "fewest=2"]))
+        group = [first.address()]
+        second = _until_end(stack, start(homes[1], epochs, batch, [*common, "part=2/3", "fewest=2"], group))
+        first.wait_for_epochs(1)
+        third = _until_end(stack, start(homes[2], epochs, batch, [*common, "part=3/3"], group))
+        second.wait_for_epochs(max(epochs // 2, 2))
+        second.process.kill()
+        killed_after = len(val_losses(second.home))
+        finish(first, third)
+    joined_after = received_epochs(third.home)
+    seen = (epochs + killed_after + epochs - joined_after) / 3
+    peers = [_compared(peer.home, seen, alone) for peer in (first, third)]
+    return {"joined_after_epochs": joined_after, "killed_after_epochs": killed_after, "peers": peers}
+
+
+def received_epochs(home: Path) -> int:
+    """Return how many epochs the only model of a home has from another peer."""
+    (path,) = home.glob("bundles/*/bundle.json")
+    found: int = json.loads(path.read_text())["metrics"]["training"]["peers"]["received_epochs"]
+    return found
+
+
+def _compared(home: Path, seen: float, alone: Sequence[float]) -> dict[str, float]:
+    """Compare the last loss of a peer with that of one process after so many passes over all images."""
+    own = val_losses(home)[-1]
+    one = float(np.interp(seen, np.arange(1, len(alone) + 1), alone))
+    return {"val_loss": own, "of_one_process": one, "ratio": own / one}
+
+
+def _until_end(stack: ExitStack, peer: Peer) -> Peer:
+    def end() -> None:
+        with suppress(ProcessLookupError):
+            peer.process.send_signal(signal.SIGKILL)
+        peer.process.wait()
+
+    stack.callback(end)
+    return peer
+
+
+def _environment(home: Path) -> dict[str, str]:
+    home.mkdir(exist_ok=True)
+    return {**os.environ, "RELOOK_HOME": str(home)}
+
+
+def left_running(folder: Path) -> list[psutil.Process]:
+    """Return processes of the peers that are still there after a time in which all should have ended."""
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while True:
+        left = processes_with("p2pd", str(folder)) + processes_with("cluster.cli", "train", "hivemind")
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(1.0)
+
+
+def main() -> int:
+    """Run all cases and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lesions", type=int, default=400, help="lesions to generate")
+    parser.add_argument("--epochs", type=int, default=8, help="of every training")
+    parser.add_argument("--matchmaking-s", type=float, default=1.0, help="time in which peers find each other, seconds")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="relook-peers-") as name:
+        folder = Path(name)
+        images = folder / "images"
+        generated(images, arguments.lesions)
+        homes = [prepared(folder / f"home{number}", images) for number in range(6)]
+        one = start(homes[5], arguments.epochs, [f"batch_size={BATCH}"])
+        finish(one)
+        alone = val_losses(homes[5])
+        result: dict[str, Any] = {"one_process": alone}
+        result["two"] = two_peers(homes[:2], arguments.epochs, alone, arguments.matchmaking_s)
+        result["three"] = three_peers(homes[2:5], arguments.epochs, alone, arguments.matchmaking_s)
+        result["left_running"] = [process.pid for process in left_running(folder)]
+    worst = max(peer["ratio"] for case in ("two", "three") for peer in result[case]["peers"])
+    result["holds"] = worst <= 1 + MOST_ABOVE and not result["left_running"]
+    print(json.dumps(result))
+    return 0 if result["holds"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
