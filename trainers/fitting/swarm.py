@@ -46,7 +46,11 @@ logger = logging.getLogger(__name__)
 
 
 def _end_with_parent(parent: int) -> None:
-    """Let the kernel end this process when the one that started it ends, killed ones included."""
+    """Let the kernel end this process when the one that started it ends, killed ones included; and nothing before.
+
+    A terminal sends Ctrl-C to all processes of a session: the network daemon would end before its peers were told.
+    """
+    os.setsid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
