@@ -1,6 +1,7 @@
 """Train with peers on loopback, and compare their loss with that of one process after the same images.
 
     .venv/bin/python -m bench.drills.peers [--lesions 400] [--epochs 8]
+    .venv/bin/python -m bench.drills.peers --data HAM10000 --batch 64 --set model.name=resnet18 --set model.side_px=64
 
 Every peer is a process with a home of its own and a part of the training images, divided by group. Two peers train
 together; then three, of which one joins late and one is killed (kill -9). The loss on val of every peer that
@@ -28,7 +29,6 @@ import psutil
 from bench.processes import processes_with
 
 MOST_ABOVE = 0.05
-BATCH = 24
 LIMIT_S = 900.0
 GONE_WITHIN_S = 60.0
 SETTINGS = (
@@ -82,10 +82,11 @@ def val_losses(home: Path) -> list[float]:
     return [json.loads(line)["val_loss"] for line in lines]
 
 
-def generated(folder: Path, lesions: int) -> None:
-    """Generate images of so many lesions."""
+def generated(folder: Path, lesions: int) -> Path:
+    """Generate images of so many lesions; return the folder."""
     command = [sys.executable, "-m", "cluster.cli", "data", "synth", str(folder), "--lesions", str(lesions)]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return folder
 
 
 def prepared(home: Path, images: Path) -> Path:
@@ -122,27 +123,47 @@ def finish(*peers: Peer) -> None:
             raise SystemExit(f"the peer in {peer.home} failed:\n{(peer.home / 'log').read_text()[-2000:]}")
 
 
-def two_peers(homes: Sequence[Path], epochs: int, alone: Sequence[float], matchmaking_s: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """What all trainings have in common.
+
+    Args:
+        epochs: of each.
+        batch: images of a step of one process; peers divide it.
+        settings: further ones of `trainers`, as NAME=VALUE.
+        peers: further ones of `trainers.workers.peers`.
+    """
+
+    epochs: int
+    batch: int = 24
+    settings: Sequence[str] = ()
+    peers: Sequence[str] = ()
+
+    def start(self, home: Path, peers: int, *peer: str, addresses: Sequence[str] = ()) -> Peer:
+        """Start one of so many peers, with further settings of `trainers.workers.peers`; of one, no peer at all."""
+        chosen = [*self.settings, f"batch_size={self.batch // peers}"]
+        return start(home, self.epochs, chosen, [*self.peers, *peer] if peers > 1 else (), addresses)
+
+
+def two_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> dict[str, Any]:
     """Let two peers train together from start to end."""
-    batch = [f"batch_size={BATCH // 2}"]
-    common = [f"matchmaking_s={matchmaking_s}", "fewest=2"]
     with ExitStack() as stack:
-        first = _until_end(stack, start(homes[0], epochs, batch, [*common, "part=1/2"]))
-        second = _until_end(stack, start(homes[1], epochs, batch, [*common, "part=2/2"], [first.address()]))
-        finish(first, second)
-    return {"peers": [_compared(home, epochs, alone) for home in homes[:2]]}
-
-
-def three_peers(homes: Sequence[Path], epochs: int, alone: Sequence[float], matchmaking_s: float) -> dict[str, Any]:
-    """Let a third peer join after an epoch, and kill the second one after half of all."""
-    batch = [f"batch_size={BATCH // 3}"]
-    common = [f"matchmaking_s={matchmaking_s}"]
-    with ExitStack() as stack:
-        first = _until_end(stack, start(homes[0], epochs, batch, [*common, "part=1/3", "fewest=2"]))
+        first = _until_end(stack, plan.start(homes[0], 2, "part=1/2", "fewest=2"))
         group = [first.address()]
-        second = _until_end(stack, start(homes[1], epochs, batch, [*common, "part=2/3", "fewest=2"], group))
+        second = _until_end(stack, plan.start(homes[1], 2, "part=2/2", "fewest=2", addresses=group))
+        finish(first, second)
+    return {"peers": [_compared(home, plan.epochs, alone) for home in homes[:2]]}
+
+
+def three_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> dict[str, Any]:
+    """Let a third peer join after an epoch, and kill the second one after half of all."""
+    epochs = plan.epochs
+    with ExitStack() as stack:
+        first = _until_end(stack, plan.start(homes[0], 3, "part=1/3", "fewest=2"))
+        group = [first.address()]
+        second = _until_end(stack, plan.start(homes[1], 3, "part=2/3", "fewest=2", addresses=group))
         first.wait_for_epochs(1)
-        third = _until_end(stack, start(homes[2], epochs, batch, [*common, "part=3/3"], group))
+        third = _until_end(stack, plan.start(homes[2], 3, "part=3/3", addresses=group))
         second.wait_for_epochs(max(epochs // 2, 2))
         second.process.kill()
         killed_after = len(val_losses(second.home))
@@ -195,23 +216,30 @@ def left_running(folder: Path) -> list[psutil.Process]:
 def main() -> int:
     """Run all cases and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of images; default: generated ones")
     parser.add_argument("--lesions", type=int, default=400, help="lesions to generate")
     parser.add_argument("--epochs", type=int, default=8, help="of every training")
+    parser.add_argument("--batch", type=int, default=24, help="images of a step of one process; peers divide it")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="further ones of trainers")
+    parser.add_argument("--averages", type=int, default=4, help="averagings per epoch")
     parser.add_argument("--matchmaking-s", type=float, default=1.0, help="time in which peers find each other, seconds")
+    parser.add_argument("--cases", nargs="+", choices=("two", "three"), default=["two", "three"], help="what is run")
     arguments = parser.parse_args()
+    peers = [f"matchmaking_s={arguments.matchmaking_s}", f"averages_per_epoch={arguments.averages}"]
+    plan = Plan(arguments.epochs, arguments.batch, arguments.set, peers)
     with tempfile.TemporaryDirectory(prefix="relook-peers-") as name:
         folder = Path(name)
-        images = folder / "images"
-        generated(images, arguments.lesions)
-        homes = [prepared(folder / f"home{number}", images) for number in range(6)]
-        one = start(homes[5], arguments.epochs, [f"batch_size={BATCH}"])
-        finish(one)
-        alone = val_losses(homes[5])
+        images = arguments.data or generated(folder / "images", arguments.lesions)
+        alone_in = prepared(folder / "alone", images)
+        finish(plan.start(alone_in, 1))
+        alone = val_losses(alone_in)
         result: dict[str, Any] = {"one_process": alone}
-        result["two"] = two_peers(homes[:2], arguments.epochs, alone, arguments.matchmaking_s)
-        result["three"] = three_peers(homes[2:5], arguments.epochs, alone, arguments.matchmaking_s)
+        for case, run in (("two", two_peers), ("three", three_peers)):
+            if case in arguments.cases:
+                homes = [prepared(folder / f"{case}{number}", images) for number in range(3 if case == "three" else 2)]
+                result[case] = run(homes, plan, alone)
         result["left_running"] = [process.pid for process in left_running(folder)]
-    worst = max(peer["ratio"] for case in ("two", "three") for peer in result[case]["peers"])
+    worst = max(peer["ratio"] for case in arguments.cases for peer in result[case]["peers"])
     result["holds"] = worst <= 1 + MOST_ABOVE and not result["left_running"]
     print(json.dumps(result))
     return 0 if result["holds"] else 1

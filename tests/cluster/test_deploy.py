@@ -376,6 +376,13 @@ def test_the_image_installs_the_locked_packages_and_every_room() -> None:
     document = tomllib.loads((ROOT / "pyproject.toml").read_text())
     rooms = [name.rstrip("*") for name in document["tool"]["setuptools"]["packages"]["find"]["include"]]
     assert re.findall(r"^COPY (\w+) \1$", text, re.MULTILINE) == rooms
+    (files,) = re.findall(r"^COPY (.+) \./$", text, re.MULTILINE)
+    modules = [f"{name}.py" for name in document["tool"]["setuptools"]["py-modules"]]
+    assert modules == ["relook.py"]
+    assert set(modules) < set(files.split())
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == {*rooms, *files.split()}
+    assert "*" in ignored, "data, environments and history stay out of what is sent to the builder"
     assert "--require-hashes -r requirements.lock" in text
     assert "USER 10001:10001" in text
     locked = (ROOT / "requirements.lock").read_text().split()

@@ -337,10 +337,9 @@ def test_peers_without_the_strategy_are_refused(filled_store: Store, dataset: Da
 @pytest.mark.long
 def test_commands_that_are_peers(tmp_path: Path) -> None:
     """One joins late and one is killed: those that finish have the same weights, and none leaves a process."""
-    images = tmp_path / "images"
-    drill.generated(images, lesions=120)
+    images = drill.generated(tmp_path / "images", lesions=120)
     homes = [drill.prepared(tmp_path / f"home{number}", images) for number in range(3)]
-    result = drill.three_peers(homes, 5, alone=[2.0] * 5, matchmaking_s=0.5)
+    result = drill.three_peers(homes, drill.Plan(5, peers=["matchmaking_s=0.5"]), alone=[2.0] * 5)
     assert result["joined_after_epochs"] >= 1
     assert result["killed_after_epochs"] >= 2
     losses = [peer["val_loss"] for peer in result["peers"]]
