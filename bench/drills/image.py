@@ -9,7 +9,6 @@ code is 1 if a command fails in the container, or the service does not predict.
 """
 
 import argparse
-import io
 import json
 import os
 import subprocess
@@ -22,10 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from bench.serve.peers import free_port
+from images.synth import synthesize
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "localhost/relook"
@@ -73,16 +70,15 @@ def run(container: str, command: str, port: int = 0) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*words, "sh", "-c", command], stdout=sys.stderr, stderr=sys.stderr)
 
 
-def predict(port: int) -> dict[str, Any]:
+def predict(port: int, image: Path) -> dict[str, Any]:
     """Ask the service about an image once it is ready."""
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
     deadline = time.monotonic() + START_LIMIT_S
     while True:
         with suppress(OSError):
             request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/v1/predictions", data=buffer.getvalue(), headers={"Content-Type": "image/png"}
+                f"http://127.0.0.1:{port}/v1/predictions",
+                data=image.read_bytes(),
+                headers={"Content-Type": "image/jpeg"},
             )
             with urllib.request.urlopen(request, timeout=60) as response:
                 found: dict[str, Any] = json.load(response)
@@ -90,6 +86,21 @@ def predict(port: int) -> dict[str, Any]:
         if time.monotonic() > deadline:
             raise SystemExit(f"the service in the container predicted nothing within {START_LIMIT_S:g} s")
         time.sleep(1.0)
+
+
+def served(container: str) -> dict[str, Any]:
+    """Start the service in a container, predict a generated image, stop the service, and return the prediction."""
+    port = free_port()
+    server = run(container, "echo $$ > /tmp/pid; exec relook serve", port)
+    try:
+        with tempfile.TemporaryDirectory(prefix="relook-image-") as name:
+            synthesize(Path(name), lesions=10, seed=1)
+            found = predict(port, next(Path(name).rglob("*.jpg")))
+        return {"decision": found["decision"], "model_id": found["model"]["id"]}
+    finally:
+        # Its process, not buildah's: the service ends its Ray.
+        run(container, "kill -INT $(cat /tmp/pid)").wait()
+        server.wait(timeout=120)
 
 
 def _buildah(*words: str) -> str:
@@ -114,17 +125,11 @@ def main() -> int:
         for command in COMMANDS:
             code = run(container, command).wait()
             result["commands"][command] = code
-        port = free_port()
-        server = run(container, "exec relook serve", port)
-        try:
-            result["prediction"] = {name: predict(port).get(name) for name in ("label", "model_id")}
-        finally:
-            server.terminate()
-            server.wait(timeout=60)
+        result["prediction"] = served(container)
     finally:
         _buildah("rm", container)
     failed = [command for command, code in result["commands"].items() if code and command not in READS_ONLY]
-    result["holds"] = not failed and bool(result["prediction"]["label"])
+    result["holds"] = not failed and bool(result["prediction"]["decision"])
     print(json.dumps(result))
     return 0 if result["holds"] else 1
 
