@@ -12,6 +12,7 @@ is waited for until its record expires. What cannot be averaged is said, and the
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,8 @@ from trainers.settings import NO_RECIPE, flat_values
 from vision.networks import build_model
 
 BEAT_S = 4.0
-LOOK_S = 0.2
+LOOK_S, MOST_LOOK_S = 0.2, 2.0
+"""Between two looks at the others' records, first and at most."""
 MOST_STATES = 8
 """Copies of the weights that a checkpoint may hold: current, best, average, optimizer, and room."""
 SPARE_BYTES = 64 * 2**20
@@ -87,6 +89,7 @@ class PeerGroup(SingleWorker):
         facts = _facts(job, identity, dataset_id)
         self._lock = threading.Lock()
         self._standing = Standing(facts=facts)
+        self._unreadable: set[str] = set()
         self._done, self._num_averaged, self._most_peers, self._received_epochs = 0.0, 0, 1, 0
         shapes = [torch.zeros(parameter.shape) for parameter in _trained(_network_of(job))]
         self._most_bytes = MOST_STATES * 4 * sum(shape.numel() for shape in shapes) + SPARE_BYTES
@@ -134,23 +137,25 @@ class PeerGroup(SingleWorker):
             self._received_epochs = done
         self._done = float(done)
         self._publish(reached=done * self._settings.averages_per_epoch, kept_epochs=done)
-        self._swarm.hand_over()
+        self._swarm.hand_over(done)
         return found
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint, and offer it to peers that join."""
         super().save(checkpoint)
         self._publish(kept_epochs=checkpoint.epochs_done)
+        self._swarm.hand_over(checkpoint.epochs_done)
 
     def shared_pixels(self, mean: Rgb, std: Rgb) -> tuple[Rgb, Rgb]:
         """Return the first peer's mean and deviation: the same weights need inputs of the same scale."""
-        began, pixels = time.monotonic(), None
-        while self._settings.addresses and pixels is None:
+        pixels = None
+        for waited in _looks():
             known = [other.pixels for other in self._others().values() if other.pixels is not None]
-            pixels = known[0] if known else None
-            if pixels is None and time.monotonic() - began > self._contact_timeout_s:
+            pixels = known[0] if known and self._settings.addresses else None
+            if pixels is not None or not self._settings.addresses:
+                break
+            if waited > self._contact_timeout_s:
                 raise UnavailableError("all peers left before this one could join; start again without --peers")
-            time.sleep(LOOK_S)
         self._publish(pixels=pixels or (mean, std))
         self._wait_for_the_fewest()
         return pixels or (mean, std)
@@ -184,6 +189,9 @@ class PeerGroup(SingleWorker):
         except UnavailableError as error:
             logger.warning("averaging %d failed (%s); this peer goes on with its own weights", due, error)
             return
+        if not all(bool(mean.isfinite().all()) for mean in means):
+            logger.warning("averaging %d: a peer's weights are not finite; this peer goes on with its own", due)
+            return
         with torch.no_grad():
             for parameter, mean in zip(parameters, means, strict=True):
                 parameter.copy_(mean)
@@ -194,46 +202,53 @@ class PeerGroup(SingleWorker):
             say(f"epoch {due // self._settings.averages_per_epoch} ends with the mean of {count} peers")
 
     def _wait_for(self, due: int) -> list[Standing]:
-        """Wait until no peer is behind; return those that are at the same averaging."""
-        deadline, told = time.monotonic() + self._settings.patience_s, False
-        while True:
-            others = self._others().values()
-            behind = [other for other in others if other.reached is not None and other.reached < due]
-            if not behind or time.monotonic() >= deadline:
+        """Wait until no peer of this epoch is behind; return those that are at the same averaging."""
+        times, told = self._settings.averages_per_epoch, False
+        for waited in _looks():
+            there = [(other, other.reached) for other in self._others().values() if other.reached is not None]
+            if any(reached > due + times for _, reached in there):
+                raise UnavailableError(
+                    "the peers are more than an epoch ahead, since this process stood still or is slower; start it "
+                    "again with --resume and --peers, and it goes on where they are"
+                )
+            # One that is further behind ends as above when it notices.
+            behind = sum(due - times <= reached < due for _, reached in there)
+            if not behind or waited >= self._settings.patience_s:
                 break
-            if not told and time.monotonic() > deadline - self._settings.patience_s + ALIVE_S:
-                logger.warning("waiting for %d slower peers before averaging %d", len(behind), due)
+            if not told and waited > ALIVE_S:
+                logger.warning("waiting for %d slower peers before averaging %d", behind, due)
                 told = True
-            time.sleep(LOOK_S)
         if behind:
             logger.warning(
                 "%d peers were too slow for averaging %d; wait longer with trainers.workers.peers.patience_s",
-                len(behind), due,
+                behind, due,
             )  # fmt: skip
-        return [other for other in others if other.reached == due]
+        return [other for other, reached in there if reached == due]
 
     def _wait_for_the_fewest(self) -> None:
         told = 0
-        while True:
+        for _ in _looks():
             there = 1 + sum(other.reached is not None for other in self._others().values())
             if there >= self._settings.fewest:
                 return
             if there != told:
                 say(f"{there} of {self._settings.fewest} peers are there (trainers.workers.peers.fewest)")
                 told = there
-            time.sleep(LOOK_S)
 
     def _others(self) -> dict[str, Standing]:
         """Return the peers that train the same and have not left."""
         own = self._standing.facts
-        found = read_standings(self._swarm.records())
-        return {peer: other for peer, other in found.items() if not other.left and difference(own, other.facts) is None}
+        return {peer: other for peer, other in self._all_others().items() if difference(own, other.facts) is None}
+
+    def _all_others(self) -> dict[str, Standing]:
+        found = read_standings(self._swarm.records(), self._unreadable)
+        return {peer: other for peer, other in found.items() if not other.left}
 
     def _require_fitting_peers(self) -> None:
         """Wait for the first record of another peer, and refuse to train with one that trains something else."""
-        own, began = self._standing.facts, time.monotonic()
-        while True:
-            found = {peer: other for peer, other in read_standings(self._swarm.records()).items() if not other.left}
+        own = self._standing.facts
+        for waited in _looks():
+            found = self._all_others()
             for peer, other in found.items():
                 reason = difference(own, other.facts)
                 if reason is not None:
@@ -242,7 +257,6 @@ class PeerGroup(SingleWorker):
             # The record of a peer that was killed and started again outlives it.
             if found and not twins:
                 return
-            waited = time.monotonic() - began
             if twins and waited > ALIVE_S + BEAT_S:
                 raise RefusedError(
                     f"peer {twins[0]} trains on the same images; give each peer its own, or a part of them with "
@@ -254,7 +268,6 @@ class PeerGroup(SingleWorker):
                     "(trainers.workers.contact_timeout_s); see that one trains and that the clocks of both machines "
                     "agree"
                 )
-            time.sleep(LOOK_S)
 
     def _checkpoint_of_a_peer(self) -> Checkpoint | None:
         """Wait for the end of the epoch that the others are in, and return a checkpoint of then; None at the start."""
@@ -263,20 +276,29 @@ class PeerGroup(SingleWorker):
         wanted = -(-reached // times)
         if reached % times:
             say(f"joining {len(others)} peers when their epoch {wanted} ends")
-        while wanted and not any((other.kept_epochs or 0) >= wanted for other in others.values()):
+        if not wanted:
+            return None
+        for _ in _looks():
+            others = self._others()
             if not others:
                 raise UnavailableError("all peers left before this one could join; start again without --peers")
-            time.sleep(LOOK_S)
-            others = self._others()
-        return self._download() if wanted else None
+            if any((other.kept_epochs or 0) >= wanted for other in others.values()):
+                break
+        for waited in _looks():
+            found = self._download()
+            if found is not None and found.epochs_done >= wanted:
+                return found
+            if waited > self._contact_timeout_s:
+                raise UnavailableError(
+                    "no peer handed over its checkpoint; at least one has to listen where others reach it "
+                    "(trainers.workers.peers.listen)"
+                )
+        return None
 
-    def _download(self) -> Checkpoint:
+    def _download(self) -> Checkpoint | None:
         content = self._swarm.download()
-        if content is None:
-            raise UnavailableError(
-                "no peer handed over its checkpoint; at least one has to listen where others reach it "
-                "(trainers.workers.peers.listen)"
-            )
+        if not content:
+            return None
         if len(content) > self._most_bytes:
             raise IntegrityError(f"a peer's checkpoint has {len(content):,} bytes and this network's at most "
                                  f"{self._most_bytes:,}")  # fmt: skip
@@ -289,7 +311,7 @@ class PeerGroup(SingleWorker):
 
     def _state(self) -> bytes:
         path = self._folder / CHECKPOINT_FILE
-        return path.read_bytes() if path.is_file() else b"none"
+        return path.read_bytes() if path.is_file() else b""
 
     def _publish(self, **changes: object) -> None:
         # Also by the thread of the record, so that no change is lost.
@@ -306,6 +328,15 @@ class PeerGroup(SingleWorker):
         if addresses:
             (self._folder / ADDRESS_FILE).write_text("\n".join(addresses) + "\n")
             say(f"other peers join with --strategy hivemind --peers {addresses[0]}")
+
+
+def _looks() -> Iterator[float]:
+    """Yield the time since the start, seconds, at once and then after pauses that become longer; without end."""
+    began, pause = time.monotonic(), LOOK_S
+    while True:
+        yield time.monotonic() - began
+        time.sleep(pause)
+        pause = min(1.3 * pause, MOST_LOOK_S)
 
 
 def averagings_by(epoch: int, step: int, steps: int, times: int) -> int:

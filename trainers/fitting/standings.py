@@ -70,8 +70,15 @@ class Standing(BaseModel):
     left: bool = False
 
 
-def read_standings(records: Mapping[str, str]) -> dict[str, Standing]:
-    """Read what other peers published, by peer; what is no standing is logged and left out."""
+def read_standings(records: Mapping[str, str], unreadable: set[str]) -> dict[str, Standing]:
+    """Read what other peers published.
+
+    Args:
+        records: texts by peer.
+        unreadable: peers whose text was no standing; each is logged once and left out.
+    Returns:
+        Standings by peer.
+    """
     found = {}
     for peer, text in records.items():
         try:
@@ -79,7 +86,9 @@ def read_standings(records: Mapping[str, str]) -> dict[str, Standing]:
                 raise ValueError(f"{len(text)} characters")
             found[peer] = Standing.model_validate_json(text)
         except (ValidationError, ValueError) as error:
-            logger.warning("peer %s published what is no standing (%s)", peer[-8:], type(error).__name__)
+            if peer not in unreadable:
+                logger.warning("peer %s published what is no standing (%s)", peer[-8:], type(error).__name__)
+            unreadable.add(peer)
     return found
 
 

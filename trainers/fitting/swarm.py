@@ -75,8 +75,9 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
 
     def get_current_state(self) -> tuple[Any, Sequence[Tensor], None]:
         """Return the state that this peer hands over, as one tensor of bytes; called in the process that trains."""
-        content = self._state()
-        return {"bytes": len(content)}, [torch.frombuffer(bytearray(content), dtype=torch.uint8)], None
+        # A byte more, because hivemind sends no empty tensor.
+        content = bytearray(b"\0" + self._state())
+        return {"bytes": len(content)}, [torch.frombuffer(content, dtype=torch.uint8)], None
 
 
 class Swarm:
@@ -159,18 +160,19 @@ class Swarm:
             if str(peer) != self.peer_id and isinstance(entry.value, str)
         }
 
-    def hand_over(self) -> None:
-        """Offer the state to peers that join from now on."""
+    def hand_over(self, priority: int) -> None:
+        """Offer the state to peers that join from now on; they take that of the highest priority."""
         if self._settings.listen:
+            self._averager.state_sharing_priority = float(priority)
             self._averager.allow_state_sharing = True
 
     def download(self) -> bytes | None:
-        """Return a peer's state; None if none could be had."""
+        """Return a peer's state, which may be empty; None if none could be had."""
         found = self._averager.load_state_from_peers(timeout=self._settings.averaging_timeout_s)
         if not found or len(found[1]) != 1:
             return None
         content: bytes = found[1][0].numpy().tobytes()
-        return content
+        return content[1:]
 
     def average(self, values: Sequence[Tensor], weight: float) -> tuple[list[Tensor], int]:
         """Average tensors with the peers that come within the time for matchmaking.

@@ -98,6 +98,16 @@ def filled_with(value: float) -> nn.Module:
     return network
 
 
+def step_together(networks: dict[PeerGroup, nn.Module]) -> None:
+    """Let all peers come to the middle of the first epoch, each in a thread."""
+    pairs = networks.items()
+    threads = [threading.Thread(target=group.after_step, args=(network, 0, 2, 4)) for group, network in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
 def values_of(network: nn.Module) -> set[float]:
     return {round(float(value), 6) for parameter in network.parameters() for value in parameter.detach().unique()}
 
@@ -149,6 +159,32 @@ def test_a_peer_that_waits_in_vain_says_so_and_goes_on(made: Made, caplog: pytes
     assert "1 peers were too slow for averaging 1; wait longer with trainers.workers.peers.patience_s" in caplog.text
     assert values_of(network) == {2.0}
     assert first.facts() == {"averagings": 0, "most_peers": 1, "received_epochs": 0}
+
+
+def test_a_peer_that_stood_still_is_not_waited_for_and_ends(made: Made) -> None:
+    first = made("first", {"part": "1/2"})
+    first.load()
+    first.shared_pixels((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    second = made("second", {"part": "2/2", "addresses": [address_of(first)]})
+    second.load()
+    first._publish(reached=5)  # as after two epochs and a half without the second one
+    first.after_step(filled_with(1.0), 2, 4, 4)
+    assert first.facts()["averagings"] == 0
+    with pytest.raises(UnavailableError, match=r"more than an epoch ahead.* start it again with --resume and --peers"):
+        second.after_step(filled_with(2.0), 0, 2, 4)
+
+
+def test_weights_that_are_not_finite_are_not_taken(made: Made, caplog: pytest.LogCaptureFixture) -> None:
+    first = made("first", {"part": "1/2"})
+    first.load()
+    first.shared_pixels((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    second = made("second", {"part": "2/2", "addresses": [address_of(first)]})
+    second.load()
+    networks = {first: filled_with(3.0), second: filled_with(float("nan"))}
+    with caplog.at_level(logging.WARNING):
+        step_together(networks)
+    assert values_of(networks[first]) == {3.0}
+    assert "averaging 1: a peer's weights are not finite; this peer goes on with its own" in caplog.text
 
 
 def test_a_peer_that_joins_later_gets_the_others_checkpoint(
@@ -295,7 +331,10 @@ def test_what_is_no_standing_is_left_out_and_said(caplog: pytest.LogCaptureFixtu
         "more": json.dumps({**document, "run": "this"}),
         "nan": json.dumps({**document, "pixels": [[float("nan")] * 3, [1.0] * 3]}),
     }
-    assert set(read_standings({"good": good, **bad})) == {"good"}
+    unreadable: set[str] = set()
+    for _ in range(2):  # said once
+        assert set(read_standings({"good": good, **bad}, unreadable)) == {"good"}
+    assert unreadable == set(bad)
     assert caplog.text.count("published what is no standing") == len(bad)
 
 
