@@ -12,6 +12,7 @@ as many. Prints one JSON object; the exit code is 1 if a peer failed, one loss i
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,13 +231,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="relook-peers-") as name:
         folder = Path(name)
         images = arguments.data or generated(folder / "images", arguments.lesions)
-        alone_in = prepared(folder / "alone", images)
+        alone_in, copied = prepared(folder / "alone", images), folder / "imported"
+        shutil.copytree(alone_in, copied)
         finish(plan.start(alone_in, 1))
         alone = val_losses(alone_in)
         result: dict[str, Any] = {"one_process": alone}
         for case, run in (("two", two_peers), ("three", three_peers)):
             if case in arguments.cases:
-                homes = [prepared(folder / f"{case}{number}", images) for number in range(3 if case == "three" else 2)]
+                homes = [folder / f"{case}{number}" for number in range(3 if case == "three" else 2)]
+                for home in homes:
+                    shutil.copytree(copied, home)
                 result[case] = run(homes, plan, alone)
         result["left_running"] = [process.pid for process in left_running(folder)]
     worst = max(peer["ratio"] for case in arguments.cases for peer in result[case]["peers"])
