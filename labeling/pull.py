@@ -144,10 +144,11 @@ def _pull(
         # The overlap covers such late commits and a server clock that was set back; rows that are read again are
         # recognised by their revision.
         since = datetime.fromisoformat(before["newest_update"]) - _OVERLAP if before.get("newest_update") else None
-        for page in ahead(client.list_tasks(project_id, updated_since=since, with_annotations=True)):
-            reading.record(page)
-            done += len(page)
-            advance(done, done)
+        with ahead(client.list_tasks(project_id, updated_since=since, with_annotations=True)) as pages:
+            for page in pages:
+                reading.record(page)
+                done += len(page)
+                advance(done, done)
         reading.compare_totals(state)
     except UnknownIdError:
         # Deleting a project does not withdraw its annotations: the rows in the ledger stay, and open items requeue.

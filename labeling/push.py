@@ -183,16 +183,17 @@ class _ProjectPush:
         beside = replace(self.beside, places=places)
         pushed, withdrawn = 0, 0
         unreadable: list[str] = []
-        ready = ahead(prepare(self.store, part, project, self.settings, beside) for part in parts)
+        made = (prepare(self.store, part, project, self.settings, beside) for part in parts)
         several = self.settings.imports_at_once > 1 and sum(counts.values()) > size
         if several:
             _note_floor(self.store, project)
-        sent = in_flight(ready, partial(self._import, project), self.settings.imports_at_once)
-        for number, (batch, refused) in enumerate(sent, start=1):
-            pushed += len(batch.items) - len(refused)
-            withdrawn += len(batch.erased)
-            unreadable.extend([*batch.unreadable, *refused])
-            self.advance(min(number * size, sum(counts.values())))
+        send, at_once = partial(self._import, project), self.settings.imports_at_once
+        with ahead(made) as ready, in_flight(ready, send, at_once) as sent:
+            for number, (batch, refused) in enumerate(sent, start=1):
+                pushed += len(batch.items) - len(refused)
+                withdrawn += len(batch.erased)
+                unreadable.extend([*batch.unreadable, *refused])
+                self.advance(min(number * size, sum(counts.values())))
         if several:
             _forget_floor(self.store, project)
         return PushReport(

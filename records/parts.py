@@ -3,15 +3,18 @@
     for part in in_parts(rows, write):      # write takes several rows at once
         part.members, part.result           # all of them, halves, or single rows: as few calls as the failures allow
     found = [attempt(draw, item) for item in items]     # a result, or the error of this item
-    for page in ahead(pages):               # the next page is fetched while this one is processed
-    for batch, result in in_flight(batches, send, 2):   # the next batch is sent before this one has arrived
+    with ahead(pages) as fetched:           # the next page is fetched while one is processed
+        for page in fetched: ...
+    with in_flight(batches, send, 2) as sent:   # the next batch is sent before one has arrived
+        for batch, result in sent: ...
 
 `UnavailableError` is the exception: if the ledger or a server does not respond, a second attempt does not help either.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -75,31 +78,40 @@ def attempt(act: Callable[[T], R], member: T) -> R | Exception:
         return error
 
 
-def ahead(members: Iterable[T]) -> Generator[T]:
-    """Yield the members of an iterable, the next of which is always being made, in a thread, meanwhile.
+# Context managers, not generators with a pool inside: one that is left early would be closed by the collector of
+# garbage, in any thread, and a thread of the pool cannot wait for itself.
+@contextmanager
+def ahead(members: Iterable[T]) -> Iterator[Iterator[T]]:
+    """Give the members of an iterable, the next of which is always being made, in a thread, meanwhile.
 
-    An error in making a member is raised when that member would be yielded.
+    An error in making a member is raised when that member would be given. The block ends when the thread has.
     """
     source, end = iter(members), object()
-    with ThreadPoolExecutor(1) as pool:
+
+    def made(pool: ThreadPoolExecutor) -> Iterator[T]:
         coming = _submit(pool, next, source, end)
         while (member := coming.result()) is not end:
             coming = _submit(pool, next, source, end)
             yield member
 
+    with ThreadPoolExecutor(1) as pool:
+        yield made(pool)
 
-def in_flight(members: Iterable[T], act: Callable[[T], R], most: int) -> Generator[tuple[T, R]]:
-    """Yield the members of an iterable with their results, in order, while others are processed in threads.
+
+@contextmanager
+def in_flight(members: Iterable[T], act: Callable[[T], R], most: int) -> Iterator[Iterator[tuple[T, R]]]:
+    """Give the members of an iterable with their results, in order, while others are processed in threads.
 
     Args:
         members: each is taken when there is room for it.
         act: called in a thread.
         most: calls at a time, at least 1.
     Yields:
-        Member and result. An error of a call is raised where its result would be yielded; the calls that are under
-        way then come to their end first.
+        An iterator of members and results. An error of a call is raised where its result would be given. The block
+        ends when the calls that are under way have.
     """
-    with ThreadPoolExecutor(most) as pool:
+
+    def processed(pool: ThreadPoolExecutor) -> Iterator[tuple[T, R]]:
         coming: deque[tuple[T, Future[R]]] = deque()
         for member in members:
             if len(coming) == most:
@@ -109,6 +121,9 @@ def in_flight(members: Iterable[T], act: Callable[[T], R], most: int) -> Generat
         while coming:
             first, result = coming.popleft()
             yield first, result.result()
+
+    with ThreadPoolExecutor(most) as pool:
+        yield processed(pool)
 
 
 def _submit(pool: ThreadPoolExecutor, act: Callable[..., Any], *members: Any) -> Future[Any]:

@@ -3,6 +3,8 @@
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,8 @@ from records.lease import hold
 from records.parts import ahead, attempt, each_in_parts, in_flight, in_parts
 from records.store import Store
 from records.types import Cursor, Lease
+
+T = TypeVar("T")
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -83,14 +87,42 @@ def test_the_next_member_is_made_while_one_is_processed_and_an_error_comes_in_it
             yield number
         raise ValueError("the fourth")
 
-    coming = ahead(members())
-    assert next(coming) == 0
-    assert second.wait(300), "the second is made while the first is processed"
-    assert [next(coming), next(coming)] == [1, 2]
-    with pytest.raises(ValueError, match="the fourth"):
-        next(coming)
+    with ahead(members()) as coming:
+        assert next(coming) == 0
+        assert second.wait(300), "the second is made while the first is processed"
+        assert [next(coming), next(coming)] == [1, 2]
+        with pytest.raises(ValueError, match="the fourth"):
+            next(coming)
     assert made == [0, 1, 2]
-    assert list(ahead(iter(()))) == []
+    assert all_of(ahead(iter(()))) == []
+
+
+def all_of(given: AbstractContextManager[Iterator[T]]) -> list[T]:
+    with given as members:
+        return list(members)
+
+
+def test_a_loop_that_is_left_ends_its_thread_before_it_goes_on() -> None:
+    """Left to the collector of garbage, a pool was shut down by its own thread at times, and cannot wait for itself."""
+    under_way, may_end = threading.Event(), threading.Event()
+    ended: list[threading.Thread] = []
+
+    def members() -> Iterator[int]:
+        yield 0
+        under_way.set()
+        assert may_end.wait(300)
+        ended.append(threading.current_thread())
+        yield 1
+
+    def leave() -> None:
+        with ahead(members()) as coming, in_flight(coming, int, 1) as sent:
+            for _ in sent:
+                raise KeyboardInterrupt
+
+    threading.Thread(target=lambda: under_way.wait(300) and may_end.set()).start()
+    with pytest.raises(KeyboardInterrupt):
+        leave()
+    assert [thread.is_alive() for thread in ended] == [False]
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -118,7 +150,7 @@ def test_so_many_are_in_flight_and_results_come_in_order(most: int) -> None:
                 ended.set()
             yield number
 
-    assert list(in_flight(members(), act, most)) == [(number, 10 * number) for number in range(6)]
+    assert all_of(in_flight(members(), act, most)) == [(number, 10 * number) for number in range(6)]
     assert together == most
 
 
@@ -131,12 +163,12 @@ def test_an_error_in_flight_comes_in_its_place_after_the_others_ended() -> None:
         ended.append(number)
         return number
 
-    coming = in_flight(range(5), act, 2)
-    assert next(coming) == (0, 0)
-    with pytest.raises(ValueError, match="the second"):
-        next(coming)
+    with in_flight(range(5), act, 2) as coming:
+        assert next(coming) == (0, 0)
+        with pytest.raises(ValueError, match="the second"):
+            next(coming)
     assert ended == [0, 2]
-    assert list(in_flight([], act, 2)) == []
+    assert all_of(in_flight([], act, 2)) == []
 
 
 def test_threads_write_under_the_leases_of_their_caller(store: Store) -> None:
@@ -147,14 +179,14 @@ def test_threads_write_under_the_leases_of_their_caller(store: Store) -> None:
 
     def lose_it() -> None:
         with hold(store.ledger, "sync"):
-            assert list(ahead(map(write, "ab"))) == ["a", "b"]
-            assert list(in_flight("cd", write, 2)) == [("c", "c"), ("d", "d")]
+            assert all_of(ahead(map(write, "ab"))) == ["a", "b"]
+            assert all_of(in_flight("cd", write, 2)) == [("c", "c"), ("d", "d")]
             with store.ledger.begin() as tx:
                 tx.update(Lease, "sync", holder="another", fence=99)
             with pytest.raises(RefusedError, match="took the sync lease"):
-                list(ahead(map(write, "e")))
+                all_of(ahead(map(write, "e")))
             with pytest.raises(RefusedError, match="took the sync lease"):
-                list(in_flight("f", write, 2))
+                all_of(in_flight("f", write, 2))
 
     with pytest.raises(RefusedError, match="took the sync lease"):
         lose_it()
