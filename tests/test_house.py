@@ -23,9 +23,9 @@ ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeli
 # features that are computed once, and killed daemons that are waited for, 1 and 150;
 # the number format of training, and what labels bought in Label Studio, 0 and 50;
 # memory that a process keeps, columns that no index is chosen for, an index of due dates, 1 and 70;
-# parts of a batch that are computed side by side, 1 and 210; peers at other sites 4 and 950.
+# parts of a batch that are computed side by side, 1 and 210; peers at other sites 4 and 955.
 MAX_MODULES = 468
-MAX_LINES = 76_225
+MAX_LINES = 76_235
 MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 

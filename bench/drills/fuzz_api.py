@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -68,10 +69,11 @@ def contract(url: str, home: Path, examples: int) -> dict[str, Any]:
         "--suppress-health-check", "all", "--generation-database", "none",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=home)
-    cases = next((line.strip() for line in done.stdout.splitlines() if " generated" in line), "")
+    counted = re.search(r"^\s*(\d+) generated.*$", done.stdout, re.MULTILINE)
     if done.returncode != 0:
         print(done.stdout[-20_000:], file=sys.stderr)
-    return {"cases": cases, "holds": done.returncode == 0 and bool(cases)}
+    cases = int(counted[1]) if counted else 0
+    return {"cases": counted[0].strip() if counted else "", "holds": done.returncode == 0 and cases > 0}
 
 
 def uploads(url: str, process: psutil.Process, count: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ ledger and checks nothing. They alternate, so that other load on the machine aff
 import io
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -249,7 +249,8 @@ def _send_bare(
     def send(batch: Sequence[Mapping[str, Any]]) -> None:
         bare.request("POST", f"api/projects/{project_id}/import", "import", body=list(batch), repeat=False)
 
-    list(in_flight(batches, send, at_once))
+    with in_flight(batches, send, at_once) as sent:
+        deque(sent, maxlen=0)
 
 
 def _read_bare(bare: LabelStudioClient, project_id: int) -> int:

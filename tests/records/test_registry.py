@@ -17,7 +17,7 @@ COUNTS = {
     "operations": 15,
     "losses": 5,
     "samplers": 3,
-    "strategies": 4,
+    "strategies": 5,
     "explanations": 4,
 }
 PART_OF = {"models": "model", "optimizers": "optimizer", "schedulers": "scheduler", "losses": "loss"}

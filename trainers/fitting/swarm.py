@@ -104,19 +104,26 @@ class Swarm:
         with _own_interrupt():
             self._table = self._open_table()
             self.peer_id = str(self._table.peer_id)
-            self._averager = _Averager(
-                state,
-                shapes,
-                self._table,
-                start=True,
-                prefix=prefix,
-                min_matchmaking_time=settings.matchmaking_s,
-                request_timeout=REQUEST_SHARE * settings.matchmaking_s,
-                allreduce_timeout=settings.averaging_timeout_s,
-                next_chunk_timeout=CHUNK_TIMEOUT_S,
-                allow_state_sharing=False,
-                client_mode=not settings.listen,
-            )
+            try:
+                self._averager = self._open_averager(prefix, shapes, state)
+            except BaseException:
+                self._table.shutdown()
+                raise
+
+    def _open_averager(self, prefix: str, shapes: Sequence[Tensor], state: Callable[[], bytes]) -> Any:
+        return _Averager(
+            state,
+            shapes,
+            self._table,
+            start=True,
+            prefix=prefix,
+            min_matchmaking_time=self._settings.matchmaking_s,
+            request_timeout=REQUEST_SHARE * self._settings.matchmaking_s,
+            allreduce_timeout=self._settings.averaging_timeout_s,
+            next_chunk_timeout=CHUNK_TIMEOUT_S,
+            allow_state_sharing=False,
+            client_mode=not self._settings.listen,
+        )
 
     def _open_table(self) -> Any:
         settings = self._settings
