@@ -157,7 +157,7 @@ def two_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> dict
 
 
 def three_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> dict[str, Any]:
-    """Let a third peer join after an epoch, and kill the second one after half of all."""
+    """Let a third peer join after an epoch, and kill the second one after that and half of all."""
     epochs = plan.epochs
     with ExitStack() as stack:
         first = _until_end(stack, plan.start(homes[0], 3, "part=1/3", "fewest=2"))
@@ -165,7 +165,9 @@ def three_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> di
         second = _until_end(stack, plan.start(homes[1], 3, "part=2/3", "fewest=2", addresses=group))
         first.wait_for_epochs(1)
         third = _until_end(stack, plan.start(homes[2], 3, "part=3/3", addresses=group))
-        second.wait_for_epochs(max(epochs // 2, 2))
+        # Alone, the first one would be through before a peer that is still starting could join.
+        third.wait_for_epochs(1)
+        second.wait_for_epochs(epochs // 2)
         second.process.kill()
         killed_after = len(val_losses(second.home))
         finish(first, third)

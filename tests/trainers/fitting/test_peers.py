@@ -378,7 +378,7 @@ def test_commands_that_are_peers(tmp_path: Path) -> None:
     """One joins late and one is killed: those that finish have the same weights, and none leaves a process."""
     images = drill.generated(tmp_path / "images", lesions=120)
     homes = [drill.prepared(tmp_path / f"home{number}", images) for number in range(3)]
-    result = drill.three_peers(homes, drill.Plan(5, peers=["matchmaking_s=0.5"]), alone=[2.0] * 5)
+    result = drill.three_peers(homes, drill.Plan(9, peers=["matchmaking_s=1"]), alone=[2.0] * 9)
     assert result["joined_after_epochs"] >= 1
     assert result["killed_after_epochs"] >= 2
     losses = [peer["val_loss"] for peer in result["peers"]]
