@@ -25,7 +25,7 @@ ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeli
 # memory that a process keeps, columns that no index is chosen for, an index of due dates, 1 and 70;
 # parts of a batch that are computed side by side, 1 and 210; peers at other sites 4 and 955.
 MAX_MODULES = 468
-MAX_LINES = 76_235
+MAX_LINES = 76_240
 MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 

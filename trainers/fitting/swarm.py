@@ -38,6 +38,8 @@ except ModuleNotFoundError as error:
 ALIVE_S = 20.0
 """How long a record is valid; a peer that is silent for so long is gone."""
 CHUNK_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
+"""A busy machine may need that long to start the daemon; hivemind's own limit is 15."""
 PR_SET_PDEATHSIG = 1
 REQUEST_SHARE = 0.8
 """Of the time for matchmaking: how long a request to join waits. hivemind wants less than the whole."""
@@ -138,6 +140,7 @@ class Swarm:
                 use_relay=False,
                 nat_port_map=False,
                 auto_nat=False,
+                startup_timeout=START_TIMEOUT_S,
             )
         except (P2PDaemonError, P2PHandlerError, RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -195,7 +198,7 @@ class Swarm:
         with self._averager.get_tensors() as tensors:
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
-        wait = 4 * self._settings.matchmaking_s + 5
+        wait = 10 * self._settings.matchmaking_s + 10
         try:
             members = self._averager.step(weight=weight, timeout=wait)
         # hivemind raises what its parts raise, among them errors of its network that share no base class.
