@@ -20,14 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-
-from bench.processes import processes_with
 
 MOST_ABOVE = 0.05
 LIMIT_S = 900.0
@@ -52,10 +50,17 @@ class Peer:
     Args:
         home: of its own.
         process: of the command.
+        family: processes that were seen below it; they outlive one that is killed, with another parent.
     """
 
     home: Path
     process: subprocess.Popen[bytes]
+    family: set[psutil.Process] = field(default_factory=set, repr=False)
+
+    def look(self) -> None:
+        """Note the processes below the command."""
+        with suppress(psutil.NoSuchProcess):
+            self.family.update(psutil.Process(self.process.pid).children(recursive=True))
 
     def address(self) -> str:
         """Wait for the address that others join by, and return it."""
@@ -74,6 +79,7 @@ class Peer:
         while not holds():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the peer in {self.home} did not get on:\n{(self.home / 'log').read_text()[-2000:]}")
+            self.look()
             time.sleep(0.05)
 
 
@@ -116,6 +122,7 @@ def finish(*peers: Peer) -> None:
     deadline = time.monotonic() + LIMIT_S
     while any(peer.process.poll() is None for peer in peers):
         for peer in peers:
+            peer.look()
             if peer.process.poll() or time.monotonic() > deadline:
                 raise SystemExit(f"the peer in {peer.home} failed:\n{(peer.home / 'log').read_text()[-2000:]}")
         time.sleep(0.1)
@@ -153,7 +160,10 @@ def two_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> dict
         group = [first.address()]
         second = _until_end(stack, plan.start(homes[1], 2, "part=2/2", "fewest=2", addresses=group))
         finish(first, second)
-    return {"peers": [_compared(home, plan.epochs, alone) for home in homes[:2]]}
+    return {
+        "left_running": left_running(first, second),
+        "peers": [_compared(home, plan.epochs, alone) for home in homes[:2]],
+    }
 
 
 def three_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> dict[str, Any]:
@@ -174,7 +184,10 @@ def three_peers(homes: Sequence[Path], plan: Plan, alone: Sequence[float]) -> di
     joined_after = received_epochs(third.home)
     seen = (epochs + killed_after + epochs - joined_after) / 3
     peers = [_compared(peer.home, seen, alone) for peer in (first, third)]
-    return {"joined_after_epochs": joined_after, "killed_after_epochs": killed_after, "peers": peers}
+    return {
+        "joined_after_epochs": joined_after, "killed_after_epochs": killed_after, "peers": peers,
+        "left_running": left_running(first, second, third),
+    }  # fmt: skip
 
 
 def received_epochs(home: Path) -> int:
@@ -206,14 +219,13 @@ def _environment(home: Path) -> dict[str, str]:
     return {**os.environ, "RELOOK_HOME": str(home)}
 
 
-def left_running(folder: Path) -> list[psutil.Process]:
-    """Return processes of the peers that are still there after a time in which all should have ended."""
-    deadline = time.monotonic() + GONE_WITHIN_S
-    while True:
-        left = processes_with("p2pd", str(folder)) + processes_with("cluster.cli", "train", "hivemind")
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(1.0)
+def left_running(*peers: Peer) -> list[str]:
+    """Return the names of processes of peers that are there after a time in which all should have ended."""
+    family = set().union(*(peer.family for peer in peers))
+    if not family:
+        raise SystemExit("no process of a peer was seen, so nothing can be said about what is left")
+    _, alive = psutil.wait_procs(family, timeout=GONE_WITHIN_S)
+    return [process.name() for process in alive]
 
 
 def main() -> int:
@@ -244,9 +256,9 @@ def main() -> int:
                 for home in homes:
                     shutil.copytree(copied, home)
                 result[case] = run(homes, plan, alone)
-        result["left_running"] = [process.pid for process in left_running(folder)]
     worst = max(peer["ratio"] for case in arguments.cases for peer in result[case]["peers"])
-    result["holds"] = worst <= 1 + MOST_ABOVE and not result["left_running"]
+    left = [name for case in arguments.cases for name in result[case]["left_running"]]
+    result["holds"] = worst <= 1 + MOST_ABOVE and not left
     print(json.dumps(result))
     return 0 if result["holds"] else 1
 

@@ -201,18 +201,18 @@ class PeerGroup(SingleWorker):
         if due % self._settings.averages_per_epoch == 0:
             say(f"epoch {due // self._settings.averages_per_epoch} ends with the mean of {count} peers")
 
-    def _wait_for(self, due: int) -> list[Standing]:
-        """Wait until no peer of this epoch is behind; return those that are at the same averaging."""
+    def _wait_for(self, due: int) -> bool:
+        """Wait until no peer of this epoch is behind; return whether one is at the same averaging."""
         times, told = self._settings.averages_per_epoch, False
         for waited in _looks():
-            there = [(other, other.reached) for other in self._others().values() if other.reached is not None]
-            if any(reached > due + times for _, reached in there):
+            there = [other.reached for other in self._others().values() if other.reached is not None]
+            if any(reached > due + times for reached in there):
                 raise UnavailableError(
                     "the peers are more than an epoch ahead, since this process stood still or is slower; start it "
                     "again with --resume and --peers, and it goes on where they are"
                 )
             # One that is further behind ends as above when it notices.
-            behind = sum(due - times <= reached < due for _, reached in there)
+            behind = sum(due - times <= reached < due for reached in there)
             if not behind or waited >= self._settings.patience_s:
                 break
             if not told and waited > ALIVE_S:
@@ -223,7 +223,7 @@ class PeerGroup(SingleWorker):
                 "%d peers were too slow for averaging %d; wait longer with trainers.workers.peers.patience_s",
                 behind, due,
             )  # fmt: skip
-        return [other for other, reached in there if reached == due]
+        return due in there
 
     def _wait_for_the_fewest(self) -> None:
         told = 0

@@ -1,8 +1,8 @@
 """The network of peers, by hivemind: a distributed hash table of short records, and averaging of tensors.
 
 Two processes are forked: one holds this peer's part of the table (and runs hivemind's network daemon), the other one
-averages. Both end with the process that trains, however it ends; the daemon, 30 s after it at the latest. Tensors and
-records are serialized with msgpack and protobuf, never pickled. The clocks of all machines have to agree to seconds.
+averages. Both end with the process that trains, however it ends; the daemon, some 30 s after one that was killed. What
+other machines send is read with msgpack and protobuf, never unpickled. The clocks of all have to agree to a second.
 """
 
 import ctypes
